@@ -1,0 +1,301 @@
+"""The mathematics of a norm: what a leaf contributes, how contributions join, how they end.
+
+A law describes one norm as one or two passes over the data. A pass turns a leaf into a partial, a small array
+of fixed size; partials join element by element with the pass's operation; `finish` turns the joined ones
+into the norm, kept as `root * STEP**exponent` so that it can lie outside the range of its dtype.
+
+Three conventions make every law safe from the first subnormal to the last finite number:
+
+- Powers of two do the scaling, so it is exact. Sums are kept in bins for big, middle and small magnitudes
+  (Blue, ACM TOMS 4, 1978; Anderson, ACM TOMS 44, 2017, Algorithm 978), with room for 2**48 elements in each.
+- `root` is inf or NaN exactly when some element is: finite gradients always have a finite root.
+- A leaf arrives as its real parts: `(x,)`, or `(re, im)` for a complex one, in the accumulation dtype.
+  It is `narrow` when no square of its elements can leave that dtype's range: then bins are not needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+from gradclip._numbers import Measured, Parts, hypot, longest_of, moderate, pick, range_of, rounded, unit
+from gradclip._types import Array, Namespace, ReduceOp
+
+Total: TypeAlias = Callable[..., Array]
+"""`total(x, axis=None)`: a sum that is exact to a few units in the last place, however many the elements."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A norm. `ops`: the operation of each pass; `size`: the length of each pass's partial."""
+
+    ops: tuple[ReduceOp, ...] = ("sum",)
+    sizes: tuple[int, ...] = (3,)
+
+    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+        """The partial of one leaf. `seen`: the joined partials of the passes before this one."""
+        raise NotImplementedError
+
+    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+        """The norm that the joined partials stand for."""
+        raise NotImplementedError
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+        """u with d||g|| = <u, dg>, and a weight: where given, <u, dg> is to be divided by its sum."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TwoNorm(Law):
+    """sqrt(sum |x|^2). Partial: sums of squares of the small (scaled up), middle and big (scaled down) elements."""
+
+    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+        bins = []
+        for x in parts:
+            if narrow:
+                middle = total(x * x)
+                bins.append(xp.stack([xp.zeros_like(middle), middle, xp.zeros_like(middle)]))
+                continue
+            r = range_of(x)
+            size, zero, one = xp.abs(x), xp.zeros_like(x), xp.ones_like(x)
+            big = xp.logical_not(size <= r.huge)  # NaN too
+            small = size < r.tiny
+            # One multiplier per element, selected: XLA would make x*x*(s*s) of (x*s)*(x*s), and that overflows.
+            scaled = size * xp.where(big, one / r.step, xp.where(small, one * r.step, one))
+            square = scaled * scaled
+            middle = xp.where(xp.logical_or(big, small), zero, square)
+            bins.append(
+                xp.stack([total(xp.where(small, square, zero)), total(middle), total(xp.where(big, square, zero))])
+            )
+        return bins[0] if len(bins) == 1 else bins[0] + bins[1]
+
+    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+        low, mid, high = joined[0][0], joined[0][1], joined[0][2]
+        if narrow:
+            return Measured(xp.sqrt(mid), None)
+        r, zero = range_of(mid), xp.zeros_like(mid)
+        is_big = xp.logical_not(high == 0)
+        is_small = xp.logical_and(xp.logical_and(high == 0, mid < r.thin), low > 0)
+        squares = xp.where(
+            is_big,
+            high + xp.where(is_big, mid / r.step, zero) / r.step,  # the select: see rescale
+            xp.where(is_small, low + xp.where(is_small, mid * r.step, zero) * r.step, mid),
+        )
+        one = xp.ones_like(mid)
+        return Measured(xp.sqrt(squares), xp.where(is_big, one, xp.where(is_small, -one, zero)))
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+        safe = xp.where(norm.root > 0, norm.root, xp.ones_like(norm.root))
+        return tuple(norm.over(xp, x) / safe for x in parts), None
+
+
+@dataclass(frozen=True)
+class OneNorm(Law):
+    """sum |x|. Partial: sums of the magnitudes of small (scaled up), middle and big (scaled down) elements.
+
+    The small ones would be added exactly as they are, but for XLA: where it flushes subnormals, it flushes the
+    rounding errors of a compensated sum.
+    """
+
+    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+        if narrow:
+            middle = total(hypot(xp, parts))
+            return xp.stack([xp.zeros_like(middle), middle, xp.zeros_like(middle)])
+        r = range_of(parts[0])
+        longest = longest_of(xp, parts)
+        big = xp.logical_not(longest <= r.huge_sum)
+        small = longest < r.tiny
+        one = xp.ones_like(longest)
+        multiplier = xp.where(big, one / r.step, xp.where(small, one * r.step, one))
+        size, zero = hypot(xp, tuple(part * multiplier for part in parts)), xp.zeros_like(longest)
+        middle = xp.where(xp.logical_or(big, small), zero, size)
+        return xp.stack([total(xp.where(small, size, zero)), total(middle), total(xp.where(big, size, zero))])
+
+    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+        low, mid, high = joined[0][0], joined[0][1], joined[0][2]
+        if narrow:
+            return Measured(mid, None)
+        step, one, zero = range_of(mid).step, xp.ones_like(mid), xp.zeros_like(mid)
+        is_big = xp.logical_not(high == 0)
+        is_small = xp.logical_and(xp.logical_and(high == 0, mid == 0), low > 0)
+        root = xp.where(is_big, high + mid / step, xp.where(is_small, low, mid + low / step))
+        return Measured(root, xp.where(is_big, one, xp.where(is_small, -one, zero)))
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+        return unit(xp, parts), None
+
+
+def _badness(xp: Namespace, parts: Parts) -> Array:
+    """For each element: 2 if it is NaN, else 1 if it is infinite, else 0."""
+    out = xp.zeros_like(parts[0])
+    for part in parts:
+        bad = xp.where(xp.isnan(part), xp.full_like(part, 2.0), xp.where(xp.isinf(part), xp.ones_like(part), out))
+        out = xp.maximum(out, bad)
+    return out
+
+
+def _poisoned(xp: Namespace, root: Array, badness: Array) -> Array:
+    """`root`, or inf or NaN where `badness` says so."""
+    inf = xp.full_like(root, math.inf)
+    return xp.where(badness > 1, xp.full_like(root, math.nan), xp.where(badness > 0, inf, root))
+
+
+@dataclass(frozen=True)
+class CountNorm(Law):
+    """The number of elements that are not 0. Partial: that number, and inf or NaN from non-finite elements."""
+
+    sizes: tuple[int, ...] = (2,)
+
+    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+        size = longest_of(xp, parts)
+        one, zero = xp.ones_like(size), xp.zeros_like(size)
+        finite = xp.isfinite(size)
+        return xp.stack([total(xp.where(size == 0, zero, one)), total(xp.where(finite, zero, size))])
+
+    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+        return Measured(joined[0][0] + joined[0][1], None)
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+        return tuple(xp.zeros_like(x) for x in parts), None
+
+
+@dataclass(frozen=True)
+class ExtremeNorm(Law):
+    """The largest (sign 1) or smallest (sign -1) magnitude.
+
+    Partial: the extreme magnitude of the middle elements, of the big ones (scaled down: |re + i im| may
+    overflow where re and im do not), and of `badness`, so that no NaN has to survive a foreign max.
+    """
+
+    ops: tuple[ReduceOp, ...] = ("max",)
+    sign: int = 1
+
+    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+        r = range_of(parts[0])
+        longest = longest_of(xp, parts)
+        finite = xp.isfinite(longest)
+        big = xp.logical_and(finite, longest > r.huge_sum)
+        high = hypot(xp, pick(xp, big, tuple(part / r.step for part in parts)))
+        middle = xp.logical_and(finite, longest <= r.huge_sum)
+        mid = hypot(xp, pick(xp, middle, parts))
+        bad = _badness(xp, parts)
+        if self.sign > 0:
+            return xp.stack([xp.max(mid), xp.max(high), xp.max(bad)])
+        inf = xp.full_like(mid, math.inf)
+        return xp.stack([xp.min(xp.where(middle, mid, inf)), xp.min(xp.where(big, high, inf)), xp.min(-bad)])
+
+    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+        mid, high, bad = joined[0][0], joined[0][1], self.sign * joined[0][2]
+        zero, one = xp.zeros_like(mid), xp.ones_like(mid)
+        if self.sign > 0:
+            is_big = high > 0
+        else:
+            is_big = xp.logical_and(xp.isinf(mid), xp.isfinite(high))
+            mid = xp.where(xp.isinf(mid), zero, mid)  # no element at all
+        root = _poisoned(xp, xp.where(is_big, high, mid), bad)
+        return Measured(root, None if narrow else xp.where(is_big, one, zero))
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+        hit = hypot(xp, tuple(norm.over(xp, x) for x in parts)) == norm.root
+        weight = xp.where(hit, xp.ones_like(parts[0]), xp.zeros_like(parts[0]))
+        return tuple(weight * u for u in unit(xp, parts)), weight
+
+
+@dataclass(frozen=True)
+class PowerNorm(Law):
+    """(sum |x|^p)^(1/p) for any other p.
+
+    First pass: the largest magnitude m, the smallest if p < 0. Second pass: the sum of (|x|/m)^p.
+    """
+
+    p: float = 3.0
+
+    @property
+    def _extreme(self) -> ExtremeNorm:
+        return ExtremeNorm(ops=("max",), sign=1) if self.p > 0 else ExtremeNorm(ops=("min",), sign=-1)
+
+    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+        if not seen:
+            return self._extreme.contribute(xp, parts, total, narrow, seen)
+        pivot = self._extreme.finish(xp, seen, narrow)
+        usable = xp.logical_and(pivot.root > 0, xp.isfinite(pivot.root))
+        size = hypot(xp, tuple(pivot.over(xp, x) for x in parts))
+        # An array, so that every element is divided: XLA would take the powers of x and of 1/m apart.
+        root = xp.where(xp.logical_and(size > 0, usable), pivot.root, xp.ones_like(size))
+        power = abs(self.p)
+        if self.p > 0:
+            terms = self._powers(xp, size, root, power)
+        else:
+            zero = xp.zeros_like(size)
+            ratio = root / xp.where(size > 0, size, xp.ones_like(size))
+            terms = xp.where(size > 0, ratio**power, zero)
+        return xp.stack([total(xp.where(xp.isfinite(terms), terms, xp.zeros_like(terms)))])
+
+    def _powers(self, xp: Namespace, size: Array, root: Array, power: float) -> Array:
+        """(size / root)**power, right also where the quotient underflows but its power counts (small p)."""
+        ratio = size / root
+        lift = range_of(size).lift
+        if power * math.log2(lift) > 110:  # 2**48 elements below 1/lift together are less than 2**-60
+            return ratio**power
+        lost = ratio < 2.0 / lift
+        lifted = xp.where(lost, size, xp.zeros_like(size)) * lift / root
+        return xp.where(lost, lifted**power * lift**-power, ratio**power)
+
+    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+        pivot = self._extreme.finish(xp, joined[:1], narrow)
+        terms = joined[1][0]
+        safe = xp.where(terms > 0, terms, xp.ones_like(terms))
+        inverse = rounded(0.5 / self.p, terms)
+        # 1/p is rounded; the rest of it is put back: s**(1/p) = (s**inverse)**2 * (1 + rest * log s)
+        rest = float(1 / Fraction(self.p) - 2 * Fraction(inverse))
+        top = xp.full_like(safe, range_of(safe).top)
+        half = xp.minimum(safe**inverse, top)
+        half = xp.where(pivot.root > 0, half, xp.ones_like(half))
+        base = pivot.root * (1 + rest * xp.log(safe))
+        if pivot.exponent is None:  # wide enough; for p near 0 the root stops at the largest number
+            root, exponent = xp.minimum(xp.minimum(base * half, top) * half, top), None
+        else:
+            root, exponent = base, pivot.exponent
+            for factor in (half, half):
+                (m, i), (n, j) = moderate(xp, root), moderate(xp, factor)
+                root, exponent = m * n, exponent + i + j
+        return Measured(xp.where(xp.isfinite(pivot.root), root, pivot.root), exponent)
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+        size = hypot(xp, tuple(norm.over(xp, x) for x in parts))
+        ok = xp.logical_and(size > 0, norm.root > 0)
+        ratio = size / xp.where(ok, norm.root, xp.ones_like(size))
+        slope = xp.where(ok, xp.where(ok, ratio, xp.ones_like(ratio)) ** (self.p - 1), xp.zeros_like(ratio))
+        return tuple(slope * u for u in unit(xp, parts)), None
+
+
+def law(norm_type: float) -> Law:
+    """The law of the p-norm, p = `norm_type` (a float that is not NaN)."""
+    if norm_type == 2:
+        return TwoNorm()
+    if norm_type == 1:
+        return OneNorm()
+    if norm_type == 0:
+        return CountNorm()
+    if math.isinf(norm_type):
+        return ExtremeNorm(ops=("max",) if norm_type > 0 else ("min",), sign=1 if norm_type > 0 else -1)
+    op: ReduceOp = "max" if norm_type > 0 else "min"
+    return PowerNorm(ops=(op, "sum"), sizes=(3, 1), p=norm_type)
+
+
+def identity(op: ReduceOp) -> float:
+    """What joins without effect: the partial of no elements."""
+    return math.inf if op == "min" else 0.0
+
+
+def join(xp: Namespace, op: ReduceOp, partials: list[Array], total: Total) -> Array:
+    """The partials of several leaves as one."""
+    if len(partials) == 1:
+        return partials[0]
+    table = xp.stack(partials, axis=-1)
+    if op == "sum":
+        return total(table, -1)
+    return xp.max(table, axis=-1) if op == "max" else xp.min(table, axis=-1)
