@@ -1,0 +1,263 @@
+"""JAX: the generic kernels under `jax.jit`, a derivative rule for the norm, and sums that XLA does not spoil."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import checkify
+
+from gradclip._kernels.generic import Kernels, dtype_name
+from gradclip._norms import Law, TwoNorm, join
+from gradclip._numbers import Measured, Parts, range_of
+from gradclip._types import AllReduce, Array
+
+#: XLA's CPU compiler adds up arrays below about 4096 elements one by one, which is off by up to 7 units of
+#: rounding for 1000 equal elements; with a compensated sum it is 0.8, at 1.4 times the run time for 300 leaves of 1024.
+#: Longer arrays it adds in a tree (0.7 units for 1e5 elements).
+_SHORT = 8192
+
+
+def _two_sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Adds numbers that carry their rounding error along (Knuth, TAOCP 2, 4.2.2)."""
+    (x, x_rest), (y, y_rest) = a, b
+    s = lax.add(x, y)
+    t = lax.sub(s, x)
+    rest = lax.add(lax.sub(x, lax.sub(s, t)), lax.sub(y, t))
+    return s, lax.add(rest, lax.add(x_rest, y_rest))
+
+
+class JaxKernels(Kernels):
+    """Kernels for `jax.Array`, traced or not."""
+
+    def __init__(self) -> None:
+        super().__init__(jnp)
+
+    def adopt(self, leaf: Array) -> Array:
+        if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative:
+            leaf = leaf.astype(leaf.dtype.newbyteorder("="))
+        return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+    def device(self, leaf: Array) -> Any:
+        if isinstance(leaf, jax.core.Tracer):
+            return None
+        return frozenset(leaf.sharding.device_set)
+
+    def move(self, x: Array, device: Any) -> Array:
+        if device is None or self.device(x) in (device, None):
+            return x
+        return jax.device_put(x, min(device, key=lambda d: d.id)) if len(device) == 1 else _replicate(x, device)
+
+    def full(self, value: float, dtype: Any, device: Any) -> Array:
+        return jnp.full((), value, dtype)
+
+    def accumulation(self, leaves: Sequence[Array]) -> Any:
+        return self.reported(leaves)
+
+    def total(self, x: Array, axis: int | None = None) -> Array:
+        if x.size > _SHORT or x.ndim == 0:
+            return jnp.sum(x, axis=axis)
+        zero = np.zeros((), x.dtype)
+        axes = tuple(range(x.ndim)) if axis is None else (axis % x.ndim,)
+        s, rest = lax.reduce((x, jnp.zeros_like(x)), (zero, zero), _two_sum, axes)
+        return jnp.where(jnp.isfinite(rest), s + rest, s)
+
+    def is_traced(self, arrays: Sequence[Array]) -> bool:
+        return any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+    def staged(self, plan: Callable[..., Any], arrays: Sequence[Array]) -> Callable[..., Any]:
+        devices = self.devices(arrays)
+        if len(devices) > 1:
+            return plan
+
+        def call(kernels: JaxKernels, arrays: Sequence[Array], bounds: Any, **static: Any) -> Any:
+            here = (self.move(x, devices[0]) if isinstance(x, jax.Array) else x for x in bounds)
+            return _jitted(plan)(kernels, arrays, type(bounds)(*here), **static)
+
+        return call
+
+    def unwritable(self, leaf: Array) -> str:
+        return "is a JAX array, and those are immutable"
+
+    def partials(self, leaves: Sequence[Array], law: Law, acc: Any, seen: tuple[Array, ...]) -> list[Array]:
+        merged, narrow = self._merged(leaves, acc), all(self.is_narrow(x, acc) for x in leaves)
+
+        def contributions(merged: list[Parts]) -> list[Array]:
+            return [law.contribute(jnp, parts, self.total, narrow, seen) for parts in merged]
+
+        if narrow or not isinstance(law, TwoNorm):
+            return contributions(merged)
+
+        def bins(merged: list[Parts]) -> Array:
+            return join(jnp, "sum", contributions(merged), self.total)
+
+        def branching(merged: list[Parts]) -> Array:
+            """One plain sum of squares; the bins only where that left the safe range.
+
+            25 million float32 elements on 2 cores: 3.8 ms, the plain sum alone 3.7 ms, the bins 102 ms.
+            """
+            squares = [self.total(part * part) for parts in merged for part in parts]
+            plain = join(jnp, "sum", squares, self.total)
+            r = range_of(plain)
+            safe = jnp.logical_and(plain >= r.thin, plain <= r.huge**2)
+            return lax.cond(safe, lambda s, x: jnp.stack([0 * s, s, 0 * s]), lambda s, x: bins(x), plain, merged)
+
+        return [lax.platform_dependent(merged, cpu=branching, default=bins)]
+
+    def _merged(self, leaves: Sequence[Array], acc: Any) -> list[Parts]:
+        """The parts of the leaves, short leaves strung together.
+
+        For 200 leaves of 1024 elements that takes the compilation of the norm from 7.2 s to 0.3 s, and its run
+        from 1.6 ms to 0.2 ms. Leaves are kept apart that JAX's types keep apart (explicit shardings, varying axes).
+        """
+        merged, groups = [], defaultdict[Any, list[Parts]](list)
+        for leaf in leaves:
+            parts = self.parts(leaf, acc)
+            if leaf.size > _SHORT or _is_sharded(leaf):
+                merged.append(parts)
+            else:
+                groups[len(parts), _varying(leaf)].append(tuple(part.reshape(-1) for part in parts))
+        for group in groups.values():
+            merged.append(tuple(jnp.concatenate(column) for column in zip(*group, strict=True)))
+        return merged
+
+    def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> Measured:
+        return _measure(self, law, acc, all_reduce, list(leaves))
+
+    def quotient(self, bound: Array, norm: Measured) -> tuple[Array, Array | None]:
+        return _quotient(self, bound, norm)
+
+    def scale(self, leaves: Sequence[Array], factor: Array, shift: Array | None) -> list[Array]:
+        devices = self.devices([*leaves, factor])
+        if len(devices) > 1 and None not in devices:
+            return super().scale(leaves, factor, shift)
+        return _scale(self, list(leaves), factor, shift)
+
+    def scaled(self, leaf: Array, factor: Array, shift: Array | None) -> Array:
+        return _scaled(self, leaf, factor, shift)
+
+    def insist(self, leaf: Array, path: str) -> None:
+        nan = jnp.sum(jnp.isnan(leaf))
+        inf = jnp.sum(jnp.isinf(leaf)) - jnp.sum(jnp.logical_and(jnp.isinf(leaf), jnp.isnan(leaf)))
+        checkify.check(
+            nan + inf == 0,
+            "the gradients are not finite: "
+            + f"{path} ({dtype_name(leaf)}, shape {leaf.shape})".replace("{", "{{").replace("}", "}}")
+            + " holds {nan} NaN, {inf} inf",
+            nan=nan,
+            inf=inf,
+        )
+
+
+def _is_sharded(x: Array) -> bool:
+    """Whether the type of a traced array names mesh axes (sharding in types)."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()) if isinstance(x, jax.core.Tracer) else ()
+    return any(axis is not None for axis in spec)
+
+
+def _varying(x: Array) -> frozenset[Any]:
+    """The manual axes over which a value varies, as `shard_map` tracks them."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", None) or getattr(kind, "vma", None) or ())
+
+
+def _replicate(x: Array, devices: frozenset[Any]) -> Array:
+    mesh = jax.sharding.Mesh(np.asarray(sorted(devices, key=lambda d: d.id)), ("all",))
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+@lru_cache
+def _jitted(plan: Callable[..., Any]) -> Callable[..., Any]:
+    static = ("law", "nonfinite", "all_reduce")
+    return jax.jit(plan, static_argnums=0, static_argnames=static, inline=True)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _scale(kernels: JaxKernels, leaves: list[Array], factor: Array, shift: Array | None) -> list[Array]:
+    return [kernels.scaled(leaf, factor, shift) for leaf in leaves]
+
+
+# Between _quotient and _scaled, the tangent of a factor is the relative one, d(factor) / factor: the absolute one is
+# about 1 / ||g||**2, which is no normal float32 for norms from 1e19. _scaled multiplies it with the clipped leaf.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _quotient(kernels: JaxKernels, bound: Array, norm: Measured) -> tuple[Array, Array | None]:
+    return Kernels.quotient(kernels, bound, norm)
+
+
+@_quotient.defjvp
+def _quotient_jvp(kernels: JaxKernels, primals: Any, tangents: Any) -> Any:
+    (bound, norm), (d_bound, d_norm) = primals, tangents
+    factor, shift = _quotient(kernels, bound, norm)
+    by_bound = d_bound / jnp.where(bound == 0, jnp.full_like(bound, jnp.inf), bound)
+    return (factor, shift), (by_bound - d_norm.root / norm.root, None if shift is None else jnp.zeros_like(shift))
+
+
+@jax.custom_jvp
+def _absolute(factor: Array) -> Array:
+    """The factor, with its tangent as it really is."""
+    return factor
+
+
+@_absolute.defjvp
+def _absolute_jvp(primals: Any, tangents: Any) -> Any:
+    factor = _absolute(*primals)
+    return factor, factor * tangents[0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scaled(kernels: JaxKernels, leaf: Array, factor: Array, shift: Array | None) -> Array:
+    return Kernels.scaled(kernels, leaf, factor, shift)
+
+
+@_scaled.defjvp
+def _scaled_jvp(kernels: JaxKernels, primals: Any, tangents: Any) -> Any:
+    leaf, factor, shift = primals
+    d_leaf, relative, _ = tangents
+    out = _scaled(kernels, leaf, factor, shift)
+    wide = kernels.working(leaf, factor.dtype)
+    by_factor = (out.astype(wide) * relative.astype(wide)).astype(leaf.dtype)
+    return out, Kernels.scaled(kernels, d_leaf, _absolute(factor), shift) + by_factor
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _measure(kernels: JaxKernels, law: Law, acc: Any, all_reduce: AllReduce | None, leaves: list[Array]) -> Measured:
+    return Kernels.measure(kernels, leaves, law, acc, all_reduce)
+
+
+@_measure.defjvp
+def _measure_jvp(
+    kernels: JaxKernels,
+    law: Law,
+    acc: Any,
+    all_reduce: AllReduce | None,
+    primals: tuple[list[Array]],
+    tangents: tuple[list[Array]],
+) -> tuple[Measured, Measured]:
+    """d||g|| = Re<u, dg>, u the law's direction; for p = 2 that is g / ||g||, and 0 at g = 0."""
+    norm = _measure(kernels, law, acc, all_reduce, *primals)
+    slopes, weights = [kernels.full(0.0, acc, None)], []
+    for leaf, tangent in zip(*primals, *tangents, strict=True):
+        if 0 in leaf.shape:
+            continue
+        u, weight = law.direction(jnp, kernels.parts(leaf, acc), norm)
+        for u_part, dg in zip(u, kernels.parts(tangent, acc), strict=True):
+            slopes.append(jnp.sum(u_part * dg))  # linear in dg, so that it can be transposed
+        if weight is not None:
+            weights.append(jnp.sum(weight))
+    slope, *ties = (jnp.stack([jnp.sum(jnp.stack(x))]) for x in (slopes, weights) if x)
+    if all_reduce is not None:
+        slope, *ties = (all_reduce(x, "sum") for x in (slope, *ties))
+    if ties:  # several elements share the extreme magnitude: each gets its part
+        slope = slope / jnp.maximum(ties[0], 1)
+    slope = norm.over(jnp, slope[0])
+    still = None if norm.exponent is None else jnp.zeros_like(norm.exponent)
+    return norm, Measured(slope, still)
