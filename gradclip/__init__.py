@@ -1,0 +1,26 @@
+"""Gradient clipping for every array library: exact, functional, and one call for NumPy, JAX, CuPy and others.
+
+>>> import numpy as np
+>>> import gradclip
+>>> grads, norm = gradclip.clip_grad_norm({"w": np.array([3.0, 4.0])}, max_norm=1.0)
+>>> grads["w"], float(norm)
+(array([0.6, 0.8]), 5.0)
+"""
+
+from gradclip._clip import clip_grad_norm, clip_grad_norm_, global_norm
+from gradclip._clip_value import clip_grad_value, clip_grad_value_
+from gradclip._errors import LeafError, NonFiniteError
+from gradclip._types import Clipped
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Clipped",
+    "LeafError",
+    "NonFiniteError",
+    "clip_grad_norm",
+    "clip_grad_norm_",
+    "clip_grad_value",
+    "clip_grad_value_",
+    "global_norm",
+]

@@ -1,0 +1,139 @@
+"""What a caller may pass beside the gradients, checked before any work is done."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, cast, get_args
+
+from gradclip._dispatch import host_number, is_nothing, is_real, library, on_host
+from gradclip._tree import is_container, spread
+from gradclip._types import Leaf, Nonfinite, Scalar, Tree
+
+
+def norm_type(p: Any) -> float:
+    """p of the p-norm. PyTorch's strings 'inf' and '-inf' are understood."""
+    if isinstance(p, str) and p in ("inf", "-inf"):
+        return float(p)
+    value = None if isinstance(p, bool) else host_number(p)
+    if value is None:
+        raise TypeError(
+            f"norm_type must be a real number known before tracing, got {p!r} of type {type(p).__name__}: "
+            "pass 1, 2, 3.5, float('inf'), ..."
+        )
+    if math.isnan(value):
+        raise ValueError("norm_type must be a real number or inf, got nan")
+    return value
+
+
+def policy(nonfinite: Any) -> Nonfinite:
+    """What to do about non-finite gradients."""
+    if not isinstance(nonfinite, str) or nonfinite not in get_args(Nonfinite):
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, get_args(Nonfinite)))}, got {nonfinite!r}")
+    return cast(Nonfinite, nonfinite)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False. A string in its place is a mistake, not True."""
+    if not isinstance(value, int) and type(value).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return bool(value)
+
+
+def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True) -> Scalar:
+    """A bound: a float where the host can see it, else the 0-d array that it is."""
+    wanted = "a positive number" if positive else "a number >= 0"
+    number = host_number(value)
+    if number is not None:
+        if number < 0 or (finite and math.isnan(number)) or (positive and not 0 < number < math.inf):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        return number
+    if library(value) is None or not is_real(value):
+        raise TypeError(f"{name} must be {wanted} or a 0-d real array, got {value!r} of type {type(value).__name__}")
+    if value.shape != ():
+        raise ValueError(f"{name} must be {wanted} or a 0-d array, got an array of shape {tuple(value.shape)}")
+    return value
+
+
+def in_range(norm: Any, divide_by: Any, limits: tuple[float, float]) -> None:
+    """Raise ValueError for a finite number that the library at hand would take for 0 or inf."""
+    smallest, largest = limits
+    if isinstance(norm, float) and largest < norm < math.inf:
+        raise ValueError(f"norm={norm!r} is beyond {largest!r}, the largest number of the dtype that it is needed in")
+    if isinstance(divide_by, float) and not smallest <= divide_by <= largest:
+        raise ValueError(
+            f"divide_by={divide_by!r} is outside {smallest!r} .. {largest!r}, the range of the dtype "
+            "that it is needed in: divide the gradients first"
+        )
+
+
+def bounds(clip_value: Any, grads: Tree, leaves: list[Leaf]) -> list[tuple[Any, Any]]:
+    """`clip_value` as a pair for every leaf of `grads`; a lower bound of None stands for minus the upper one."""
+    if not is_container(clip_value):
+        _check(None, clip_value)
+    if _is_pair(clip_value):
+        if not any(is_container(side) for side in clip_value):
+            _check(*clip_value)
+        low, high = (
+            spread(side, grads, name, lambda x: False, is_nothing)
+            for side, name in zip(clip_value, ("lo", "hi"), strict=True)
+        )
+        pairs = list(zip(low, high, strict=True))
+        for lo, hi in pairs:
+            _check_kind(lo, hi)
+    else:
+        pairs = [b if _is_pair(b) else (None, b) for b in spread(clip_value, grads, "clip_value", _is_pair, is_nothing)]
+    pairs = [(_float(lo), _float(hi)) for lo, hi in pairs]
+    for leaf, (lo, hi) in zip(leaves, pairs, strict=True):
+        _check(lo, hi)
+        for bound in (lo, hi):
+            shape = tuple(getattr(bound, "shape", ()))
+            if not _broadcasts(shape, tuple(leaf.value.shape)):
+                where = "clip_value" + leaf.path.removeprefix("grads")
+                raise ValueError(
+                    f"{where} has shape {shape}, which does not broadcast to the gradient's shape "
+                    f"{tuple(leaf.value.shape)}"
+                )
+    return pairs
+
+
+def _is_pair(x: Any) -> bool:
+    return type(x) is tuple and len(x) == 2
+
+
+def _float(bound: Any) -> Any:
+    """A Python int as a float, inf where it is beyond float64."""
+    return host_number(bound) if type(bound) is int else bound
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+
+
+def _check_kind(*bounds: Any) -> None:
+    for bound in bounds:
+        is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+        if not is_number and (library(bound) is None or not is_real(bound)):
+            raise TypeError(
+                "clip_value must be a real number or array, a pair (lo, hi), or a tree of these, "
+                f"got {bound!r} of type {type(bound).__name__}"
+            )
+
+
+def _check(low: Any, high: Any) -> None:
+    """Raise unless the bounds make sense, where the host can see them."""
+    if low is None:
+        _check_kind(high)
+        if on_host(high) and not _all(high >= 0):
+            raise ValueError(f"clip_value must be >= 0 and not nan, got {high!r}; a pair (lo, hi) may be negative")
+        return
+    _check_kind(low, high)
+    if on_host(low) and on_host(high) and not _all(low <= high):
+        raise ValueError(f"clip_value must be a pair with lo <= hi and no nan, got lo={low!r}, hi={high!r}")
+    for bound in (low, high):
+        if on_host(bound) and not _all(bound == bound):
+            raise ValueError(f"clip_value must not be nan, got {bound!r}")
+
+
+def _all(truth: Any) -> bool:
+    return bool(truth.all() if hasattr(truth, "all") else truth)
