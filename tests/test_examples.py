@@ -1,0 +1,172 @@
+"""The scripts in examples/ and `python -m gradclip`, each run as a user would run it, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradclip
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TESTED = {"compare.py", "cupy_pipeline.py", "jax_train_step.py", "numpy_char_rnn.py"}
+
+#: Runs a script as `python script` does, after a line of preparation.
+RUNNER = "import runpy, sys; {preparation}; sys.argv = [{path!r}]; runpy.run_path({path!r}, run_name='__main__')"
+
+
+def python(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run this Python on `args` in `cwd`, with the gradclip that these tests import."""
+    here = str(Path(gradclip.__file__).resolve().parent.parent)
+    path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
+    env = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=900)
+
+
+def needs(*modules: str) -> None:
+    """Skip the test, by name, where a library that the script imports is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+def test_every_example_is_tested():
+    assert {script.name for script in EXAMPLES.glob("*.py")} == TESTED
+
+
+@pytest.mark.library("numpy")
+def test_demo(tmp_path):
+    done = python("-m", "gradclip", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^verdict: (?!NOT SHOWN)", done.stdout, re.MULTILINE), done.stdout
+    assert gradclip.__version__ in done.stdout
+    assert not list(tmp_path.iterdir())  # leaves nothing behind
+
+
+@pytest.mark.library("numpy")
+def test_numpy_char_rnn(tmp_path):
+    needs("matplotlib", "tqdm")
+    plot = tmp_path / "tmp.png"
+    done = python(EXAMPLES / "numpy_char_rnn.py", "--steps", "60", "--out", plot, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.search(r"^clipped at \S+ +loss (\S+) -> (\S+),", done.stdout, re.M).groups())
+    assert last < first - 0.3
+    assert re.search(r"^no clipping +loss ", done.stdout, re.MULTILINE), done.stdout
+    data = plot.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(data) > 10_000
+    assert plot.parent == tmp_path
+    assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
+
+
+@pytest.mark.library("jax")
+def test_jax_train_step(tmp_path):
+    needs("jax", "optax", "sklearn")
+    script = EXAMPLES / "jax_train_step.py"
+    done = python(script, "--epochs", "4", "--max-norm", "1.0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    losses = numbers(r"loss (\S+)", done.stdout)
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] / 2
+    bounds = numbers(r"bound (\S+)", done.stdout)
+    assert len(set(bounds)) == 4, "the bound is meant to change, so that a retrace would show"
+    assert re.search(r"^the jit cache of the step holds 1 entry$", done.stdout, re.MULTILINE), done.stdout
+    assert min(numbers(r"(?:train|test) (\d\.\d+)", done.stdout)) > 0.8
+    broken, whole = done.stdout.split("Now a batch with one infinite pixel:\n")[1].splitlines()
+    assert "not finite" in broken
+    assert re.search(r"\['layer\d'\]\['[wb]'\] \(float32, .*holds \d+ NaN, \d+ inf", broken), broken
+    assert whole.endswith("no error")
+
+
+@pytest.mark.library("cupy")
+def test_cupy_pipeline(tmp_path):
+    needs("sklearn")
+    done = python("-c", "import cupy, sys; sys.exit(not cupy.cuda.is_available())", cwd=tmp_path)
+    device = done.returncode == 0
+    script = EXAMPLES / "cupy_pipeline.py"
+    done = python(script, "--epochs", "3", "--limit", "400", cwd=tmp_path)
+    if not device:
+        assert done.returncode == 2
+        assert re.search(r"needs (CuPy|a GPU)", done.stderr), done.stderr
+        assert done.stdout == ""
+        return
+    assert done.returncode == 0, done.stderr
+    losses, norms = numbers(r"loss (\S+)", done.stdout), numbers(r"gradient norm (\S+)", done.stdout)
+    assert len(losses) == len(norms) == 3
+    assert losses[-1] < 0.75 * losses[0]
+    assert all(0 < norm < 10 for norm in norms)
+    assert numbers(r"train (\d\.\d+)", done.stdout)[0] > 0.5
+
+
+def test_cupy_pipeline_without_cupy(tmp_path):
+    needs("sklearn")
+    path = str(EXAMPLES / "cupy_pipeline.py")
+    done = python("-c", RUNNER.format(preparation="sys.modules['cupy'] = None", path=path), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "needs CuPy: pip install" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.library("numpy")
+def test_compare(tmp_path):
+    needs("mpmath", "ml_dtypes")
+    done = python(EXAMPLES / "compare.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, last = done.stdout.splitlines()
+    right, rows = map(int, re.fullmatch(r"gradclip: (\d+) of (\d+) right", last).groups())
+    assert right == rows >= 20
+    assert lines.index("") == rows + 1, "one line of column names, and one line for each input"
+    for name, column in [("jax", "gradclip jax"), ("torch", "gradclip torch"), ("optax", "optax")]:
+        if importlib.util.find_spec(name):
+            assert column in lines[0], done.stdout
+
+
+@pytest.mark.library("numpy")
+@pytest.mark.parametrize(
+    ("answer", "cell"),
+    [
+        ("Clipped([x * (1 + 1e-5) for x in out.grads], out.norm)", "wrong values"),
+        ("Clipped(out.grads, out.norm * (1 + 1e-5))", "norm 0.001% high"),
+        ("Clipped([x * 0 for x in out.grads], out.norm)", "zeros"),
+        ("1 / 0", "error"),
+    ],
+)
+def test_compare_tells_a_wrong_answer(tmp_path, answer, cell):
+    """The yardstick itself: a gradclip made wrong on purpose, alone in the table, is found out."""
+    needs("mpmath", "ml_dtypes")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "import sys, gradclip\n"
+        "from gradclip import Clipped\n"
+        "class Absent:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name in ('jax', 'torch', 'optax', 'tensorflow', 'mlx'):\n"
+        "            raise ImportError(f'{name} is not there')\n"
+        "sys.meta_path.insert(0, Absent)\n"
+        "right = gradclip.clip_grad_norm\n"
+        "def clip_grad_norm(*args):\n"
+        "    out = right(*args)\n"
+        f"    return {answer}\n"
+        "gradclip.clip_grad_norm = clip_grad_norm\n"
+    )
+    preparation = "sys.path.insert(0, '.'); import wrong"
+    path = str(EXAMPLES / "compare.py")
+    done = python("-c", RUNNER.format(preparation=preparation, path=path), cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    table, footer = done.stdout.split("\n\n", 1)
+    assert table.splitlines()[0].split() == ["gradclip", "numpy"]
+    assert cell in table
+    assert re.search(r"Not compared: .*torch \(ImportError: torch is not there\)", footer), footer
+    right, rows = map(int, re.search(r"gradclip: (\d+) of (\d+) right$", footer.strip()).groups())
+    assert right < rows

@@ -1,0 +1,151 @@
+"""Hypothesis: random trees over the whole exponent range, on every backend, against exact arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, note
+from hypothesis import strategies as st
+
+import exact
+from backends import Backend, leaves, np_dtype
+from exact import mpmath
+
+#: Shapes and dtypes come from a list of layouts, so that compiling libraries compile each once.
+LAYOUTS = [
+    [((3,), "float32")],
+    [((), "float32"), ((2, 4), "float32")],
+    [((40,), "float32"), ((1,), "float32"), ((0, 3), "float32")],
+    [((5,), "float16"), ((4,), "float16")],
+    [((3,), "float16"), ((2,), "bfloat16"), ((4,), "float32")],
+    [((6,), "bfloat16")],
+    [((4,), "complex64"), ((2,), "float32")],
+    [((5,), "float64")],
+    [((3,), "float32"), ((2, 2), "float64"), ((1,), "float16")],
+    [((3,), "complex128"), ((2,), "float64")],
+]
+
+NORM_TYPES = [2.0, 2.0, 2.0, 2.0, 1.0, math.inf, 0.0, 3.0, 0.5, -math.inf, -1.0, 1000.0]
+
+
+@st.composite
+def leaf_values(draw, shape, dtype):
+    """Signed numbers m * 2**e: e from a window anywhere in the dtype's range, with zeros and extremes."""
+    bits, lowest = exact.FORMATS[dtype]
+    top, bottom = 1 - lowest, lowest - bits + 1
+    centre = draw(st.integers(bottom, top))
+    width = draw(st.sampled_from([0, 3, 30, 3000]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = int(np.prod(shape)) * (2 if dtype.startswith("complex") else 1)
+    exponents = np.clip(centre + rng.integers(-width, width + 1, size), bottom, top)
+    values = rng.choice([-1.0, 1.0], size) * (1 + rng.random(size)) * np.exp2(exponents.astype(float) - 1)
+    kind = draw(st.sampled_from(["plain", "plain", "zeros", "largest", "smallest"]))
+    if kind != "plain" and size:
+        special = {"zeros": 0.0, "largest": float(exact.largest(dtype)), "smallest": 2.0**bottom}[kind]
+        values[rng.random(size) < 0.4] = special
+    limit = float(exact.largest(dtype))
+    values = np.clip(values, -limit, limit)
+    if dtype.startswith("complex"):
+        half = size // 2
+        return (values[:half] + 1j * values[half:]).astype(dtype).reshape(shape)
+    with np.errstate(over="ignore"):
+        return values.astype(np_dtype(dtype)).reshape(shape)
+
+
+@st.composite
+def problems(draw, layouts):
+    layout = draw(st.sampled_from(layouts))
+    tree = [draw(leaf_values(shape, dtype)) for shape, dtype in layout]
+    p = draw(st.sampled_from(NORM_TYPES))
+    ratio = draw(st.sampled_from([0.0, 0.5, 0.9999, 1.0001, 3.0, 1e-3, 1e-9, math.inf]) | st.floats(0, 2))
+    return tree, p, ratio
+
+
+def check(xp: Backend, tree: list[np.ndarray], p: float, ratio: float) -> None:
+    """Clip with max_norm = ratio * the exact norm, and compare norm and every element with exact arithmetic."""
+    given_tree = tree
+    normal = mpmath.mpf(2) ** -126
+    if xp.flushes:  # subnormals may count as zero: let them be zeros for both sides
+        tree = [flush(x) for x in tree]
+    want = exact.norm(tree, p)
+    dtype = exact.norm_dtype(tree)
+    bound = float(min(want * mpmath.mpf(ratio), mpmath.mpf(2) ** 1023)) if ratio < math.inf else math.inf
+    if xp.flushes and 0 < bound < (2.0**-126 if dtype == "float32" else 2.0**-1022):
+        bound = 0.0
+    if not xp.accumulates_wide and dtype == "float32" and bound > exact.largest("float32"):
+        bound = math.inf  # which is what float32 makes of it
+    grads = [xp.array(x) for x in given_tree]
+    before = [xp.numpy(x).tobytes() for x in grads]
+    out, norm = xp.clip_grad_norm(grads, bound, p)
+    note(f"p={p} bound={bound!r} norm={float(xp.numpy(norm))!r} exactly {mpmath.nstr(want, 20)}")
+    note(f"in {[x.tolist() for x in given_tree]} out {[xp.numpy(x).tolist() for x in out]}")
+
+    reported = float(xp.numpy(norm))
+    if xp.flushes and p == 0 and want <= reported <= exact.norm(given_tree, 0):
+        want = mpmath.mpf(reported)  # subnormals may count, or not
+    ulps = 4 if p in (0, 1, 2, math.inf, -math.inf) else 8
+    floor = exact.smallest_normal(dtype)
+    if xp.flushes and want < 2 * floor:
+        assert float(xp.numpy(norm)) <= 4 * floor
+    else:
+        exact.check_norm(xp.numpy(norm), want, dtype, ulps)
+    assert [xp.numpy(x).tobytes() for x in grads] == before, "an input was written to"
+
+    factor = mpmath.mpf(1)
+    slack = 2 * ulps * exact.ulp(1, dtype)
+    if want and mpmath.mpf(bound) < want and not reported <= bound:
+        factor = mpmath.mpf(bound) / want
+    for new, old, was in zip(out, tree, given_tree, strict=True):
+        assert xp.owns(new)
+        new = xp.numpy(new)
+        assert new.dtype == was.dtype
+        assert new.shape == was.shape
+        if reported <= bound:
+            assert new.tobytes() == was.tobytes(), "not clipped, so not a bit may change"
+            continue
+        name = new.dtype.name
+        for got, x in zip(exact.components(new), exact.components(old), strict=True):
+            goal = mpmath.mpf(x) * factor
+            assert math.isfinite(got), "finite gradients stay finite"
+            near_bound = abs(want - mpmath.mpf(bound)) <= slack * want and got == x
+            if xp.flushes and abs(goal) < 2 * max(normal if "64" not in name or name == "complex64" else 0, floor):
+                assert abs(got) <= 4 * max(normal, floor)
+                continue
+            off = abs(got - goal)
+            allowed = 0.501 * exact.ulp(goal, name) + slack * abs(goal) + exact.ulp(goal, name) / 2
+            assert off <= allowed or near_bound, f"{got!r} for {mpmath.nstr(goal, 20)}"
+
+
+def flush(x: np.ndarray) -> np.ndarray:
+    """Components below the smallest normal number as zeros (float16 is computed in float32: it has none)."""
+    if x.dtype.name == "float16":
+        return x
+    floor = float(exact.smallest_normal(x.dtype.name))
+    if x.dtype.kind == "c":
+        re, im = x.real.copy(), x.imag.copy()
+        re[np.abs(re) < floor] = 0
+        im[np.abs(im) < floor] = 0
+        return (re + 1j * im).astype(x.dtype)
+    out = x.copy()
+    out[np.abs(x) < floor] = 0
+    return out
+
+
+def test_random_trees_against_exact_arithmetic(xp):
+    layouts = [layout for layout in LAYOUTS if xp.has(*(dtype for _, dtype in layout))]
+
+    @given(problems(layouts))
+    def run(problem):
+        check(xp, *problem)
+
+    run()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_the_yardstick_itself(layout):
+    """exact.norm agrees with math.hypot on numbers that float64 can handle."""
+    rng = np.random.default_rng(0)
+    tree = [rng.standard_normal(shape).astype(dtype) for shape, dtype in layout]
+    assert math.isclose(exact.norm(tree), math.hypot(*(x for leaf in leaves(tree) for x in exact.components(leaf))))
