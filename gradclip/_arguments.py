@@ -55,18 +55,6 @@ def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True
     return value
 
 
-def in_range(norm: Any, divide_by: Any, limits: tuple[float, float]) -> None:
-    """Raise ValueError for a finite number that the library at hand would take for 0 or inf."""
-    smallest, largest = limits
-    if isinstance(norm, float) and largest < norm < math.inf:
-        raise ValueError(f"norm={norm!r} is beyond {largest!r}, the largest number of the dtype that it is needed in")
-    if isinstance(divide_by, float) and not smallest <= divide_by <= largest:
-        raise ValueError(
-            f"divide_by={divide_by!r} is outside {smallest!r} .. {largest!r}, the range of the dtype "
-            "that it is needed in: divide the gradients first"
-        )
-
-
 def bounds(clip_value: Any, grads: Tree, leaves: list[Leaf]) -> list[tuple[Any, Any]]:
     """`clip_value` as a pair for every leaf of `grads`; a lower bound of None stands for minus the upper one."""
     if not is_container(clip_value):

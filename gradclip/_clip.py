@@ -180,11 +180,11 @@ def clip_grad_norm_(
 
 
 class _Bounds(NamedTuple):
-    """The scalars of a call, each a float or a 0-d array."""
+    """The scalars of a call: each a float or a 0-d array as it comes, then a number of the kernels'."""
 
-    max_norm: Scalar = math.inf
-    norm: Scalar | None = None
-    divide_by: Scalar | None = None
+    max_norm: Any = math.inf
+    norm: Any = None
+    divide_by: Any = None
 
     @classmethod
     def checked(cls, max_norm: Any, norm: Any, divide_by: Any) -> _Bounds:
@@ -215,9 +215,10 @@ def _plan(
     """Measure the gradients, decide on the factor, and raise if the policy asks for it."""
     with kernels.quiet():
         arrays = [kernels.adopt(leaf.value) for leaf in leaves]
-        _arguments.in_range(bounds.norm, bounds.divide_by, kernels.limits(arrays))
+        acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
+        numbers = _Bounds(*(None if x is None else kernels.number(x, acc, home) for x in bounds))
         decide = _decide if all_reduce is not None else kernels.staged(_decide, arrays)
-        norm, factor, shift, root = decide(kernels, arrays, bounds, law=p, nonfinite=nonfinite, all_reduce=all_reduce)
+        norm, factor, shift, root = decide(kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce)
         if nonfinite == "error":
             _raise_if_bad(kernels, leaves, arrays, norm, root)
     return _Plan(arrays, kernels.report(norm), factor, shift)
@@ -234,33 +235,29 @@ def _decide(
 ) -> tuple[Array, Array, Array | None, Array]:
     """The policy: every row of the table of cases, as one factor. Nothing in here waits for a device."""
     xp, acc = kernels.xp, kernels.accumulation(arrays)
-    home = kernels.devices(arrays)[0]
-
-    def number(value: Scalar) -> Array:
-        return kernels.scalar(value, acc, home)
-
-    with kernels.on(home):
-        divisor = None if bounds.divide_by is None else number(bounds.divide_by)
+    max_norm, divisor = bounds.max_norm, bounds.divide_by
+    with kernels.on(kernels.devices(arrays)[0]):
         if bounds.norm is None:
             total = kernels.measure(arrays, law, acc, all_reduce)
-            norm = total.times(xp, total.root if divisor is None else total.root / xp.abs(divisor))
+            norm = total if divisor is None else total.divided(xp, divisor.magnitude(xp))
         else:  # it is the norm after the division
-            norm = number(bounds.norm)
-            total = Measured(norm if divisor is None else norm * divisor, xp.zeros_like(norm))
-        reported = to_float32(xp, norm) if kernels.reported(arrays) == xp.float32 else norm
-        one = xp.ones_like(norm)
-        bound = xp.maximum(number(bounds.max_norm), 0 * one)  # NaN stays NaN
+            norm = bounds.norm
+            total = norm if divisor is None else norm.multiplied(xp, divisor)
+        value = norm.value(xp)
+        reported = to_float32(xp, value) if kernels.reported(arrays) == xp.float32 else value
+        one = xp.ones_like(value)
+        bound = Measured(xp.maximum(max_norm.root, 0 * one), max_norm.exponent)  # NaN stays NaN
         # Both: a norm that was rounded up or down for the report must not make the difference.
-        clips = xp.logical_and(norm > bound, xp.astype(reported, acc) > bound)
+        clips = norm.exceeds(xp, bound)
+        clips = xp.logical_and(clips, Measured(xp.astype(reported, acc), None).exceeds(xp, bound))
         clips = xp.logical_and(clips, xp.isfinite(total.root))
         # c / ||g|| where it clips, else 1 / divide_by; in the other branch of each select stands a harmless 1.
-        below = Measured(
-            xp.where(clips, total.root, one if divisor is None else divisor),
-            None if total.exponent is None else xp.where(clips, total.exponent, 0 * one),
+        unity = Measured(one, None)
+        factor, shift = kernels.quotient(
+            bound.where(xp, clips, unity), total.where(xp, clips, unity if divisor is None else divisor)
         )
-        factor, shift = kernels.quotient(xp.where(clips, bound, one), below)
-        factor = xp.where(xp.isnan(bound), bound, factor)
-        root = total.root if divisor is None else xp.where(xp.abs(divisor) > 0, total.root, math.nan * one)
+        factor = xp.where(xp.isnan(bound.root), bound.root, factor)
+        root = total.root if divisor is None else xp.where(xp.abs(divisor.root) > 0, total.root, math.nan * one)
         factor = xp.where(xp.isfinite(root), factor, (0 if nonfinite == "zero" else math.nan) * one)
         return reported, factor, shift, root
 

@@ -40,19 +40,55 @@ def range_of(x: Array) -> Range:
 
 
 class Measured(NamedTuple):
-    """A norm: `root * step**exponent`, both 0-d in the accumulation dtype, exponent a small whole number.
+    """A number `root * step**exponent`, both 0-d in the accumulation dtype, exponent whole.
 
-    `root` is inf or NaN exactly when some element of the gradients is. `exponent` None stands for 0.
+    The root of a norm is inf or NaN exactly when some element of the gradients is. `exponent` None stands for 0.
     """
 
     root: Array
     exponent: Array | None
 
-    def times(self, xp: Namespace, x: Array) -> Array:
-        """`x * step**exponent`."""
+    def split(self, xp: Namespace) -> tuple[Array, Array]:
+        """The same as `(m, e)`, m within step**-0.5 .. step**0.5, or 0."""
+        m, e = moderate(xp, self.root)
+        return m, e if self.exponent is None else e + self.exponent
+
+    def multiplied(self, xp: Namespace, other: Measured) -> Measured:
+        if self.exponent is None and other.exponent is None:
+            return Measured(self.root * other.root, None)
+        (m, i), (n, j) = self.split(xp), other.split(xp)
+        return Measured(m * n, i + j)
+
+    def divided(self, xp: Namespace, other: Measured) -> Measured:
+        if self.exponent is None and other.exponent is None:
+            return Measured(self.root / other.root, None)
+        (m, i), (n, j) = self.split(xp), other.split(xp)
+        return Measured(m / n, i - j)
+
+    def exceeds(self, xp: Namespace, other: Measured) -> Array:
+        """Whether it is the larger of two numbers >= 0."""
+        if self.exponent is None and other.exponent is None:
+            return self.root > other.root
+        (m, i), (n, j) = self.split(xp), other.split(xp)
+        return rescale(xp, m, xp.where(n > 0, i - j, xp.zeros_like(i))) > n
+
+    def magnitude(self, xp: Namespace) -> Measured:
+        return Measured(xp.abs(self.root), self.exponent)
+
+    def where(self, xp: Namespace, mask: Array, other: Measured) -> Measured:
+        """This number where `mask`, else `other`."""
+        root = xp.where(mask, self.root, other.root)
+        if self.exponent is None and other.exponent is None:
+            return Measured(root, None)
+        zero = xp.zeros_like(root)
+        mine, its = (zero if x.exponent is None else x.exponent for x in (self, other))
+        return Measured(root, xp.where(mask, mine, its))
+
+    def value(self, xp: Namespace) -> Array:
+        """The number in its own dtype, inf beyond its range."""
         if self.exponent is None:
-            return x
-        limit = range_of(x).top / range_of(x).step * 2
+            return self.root
+        x, limit = self.root, range_of(self.root).top / range_of(self.root).step * 2
         for k in range(3):  # inf where a step would overflow, without the warning
             over = xp.logical_and(self.exponent > k, x >= limit)
             x = xp.where(over, xp.full_like(x, math.inf), x) * _step(xp, x, self.exponent, k)
@@ -127,30 +163,45 @@ def to_float32(xp: Namespace, norm: Array) -> Array:
     return xp.astype(xp.where(norm >= largest + 2.0**103, inf, held), xp.float32)
 
 
-def quotient(xp: Namespace, bound: Array, norm: Measured) -> tuple[Array, Array | None]:
-    """`bound / norm` for 0 <= bound < norm, as `(factor, shift)`: the product of two normal numbers <= 1.
+def quotient(xp: Namespace, bound: Measured, norm: Measured) -> tuple[Array, Array | None]:
+    """`bound / norm` as `(factor, shift)`, two numbers with that product.
 
-    `x * shift * factor` then neither overflows nor loses bits on the way. `shift` is a power of two, and 1
-    unless the quotient would be subnormal; it is None where the norm says that this cannot matter.
+    `x * shift * factor` neither overflows nor loses bits on the way, unless its result does. `shift` is a power of
+    two, and 1 unless the quotient is not a normal number; it is None where both numbers say that this cannot matter.
     """
-    if norm.exponent is None:
-        return bound / norm.root, None
-    s, k = range_of(norm.root).step, range_of(norm.root).lift
-    c, c_exp = moderate(xp, bound)
-    n, n_exp = moderate(xp, norm.root)
-    q, e = c / n, c_exp - n_exp - norm.exponent
+    q, e = bound.divided(xp, norm)
+    if e is None:
+        return q, None
+    s, k = range_of(q).step, range_of(q).lift
     plain = rescale(xp, q, e)
-    lifted = rescale(xp, xp.where(e >= -1, q * (k / s), q * (k / s / s)), xp.where(e >= -1, 0 * e, e + 2))
-    extreme = plain < 1 / k
-    one = xp.ones_like(q)
-    return xp.where(extreme, lifted, plain), xp.where(extreme, one / k, one)
+    one, zero = xp.ones_like(q), xp.zeros_like(e)
+    small, large = plain < 1 / k, plain > k
+    # q is within 1/s .. s: the first step of the way to `plain * k` or `plain / k` is taken with k, not s.
+    towards = xp.where(large, (s / k) * one, xp.where(e >= -1, (k / s) * one, (k / s / s) * one))
+    steps = xp.where(large, e - 1, xp.where(e >= -1, zero, e + 2))
+    shifted = rescale(xp, q * towards, steps)
+    shift = xp.where(large, k * one, xp.where(small, one / k, one))
+    return xp.where(xp.logical_or(small, large), shifted, plain), shift
 
 
-def moderate(xp: Namespace, x: Array) -> tuple[Array, Array]:
-    """`(m, e)` with x = m * step**e and m within step**-0.5 .. step**0.5, for x >= 0."""
-    step = range_of(x).step
+def host_split(value: float, step: float) -> tuple[float, float]:
+    """`moderate` for a Python number."""
+    half, e = math.sqrt(step), 0.0
+    while half < abs(value) < math.inf:
+        value, e = value / step, e + 1
+    while 0 < abs(value) < 1 / half:
+        value, e = value * step, e - 1
+    return value, e
+
+
+def moderate(xp: Namespace, x: Array, step: float = 0.0) -> tuple[Array, Array]:
+    """`(m, e)` with x = m * step**e and m within step**-0.5 .. step**0.5, for x >= 0.
+
+    `step` is that of x's own dtype, or a smaller one that x is to be moved to.
+    """
+    step = step or range_of(x).step
     half, one, e = math.sqrt(step), xp.ones_like(x), xp.zeros_like(x)
-    for _ in range(2):
+    for _ in range(math.ceil(math.log(range_of(x).top, step))):
         up, down = x > half, xp.logical_and(x < 1 / half, x > 0)
         x = x * xp.where(up, one / step, xp.where(down, step * one, one))
         e = e + xp.where(up, one, xp.where(down, -one, 0 * one))

@@ -230,11 +230,15 @@ class JaxJit(Jax):
     def clip_grad_norm(self, grads: Any, max_norm: Any, norm_type: float = 2.0, **kw: Any) -> Any:
         static = {k: v for k, v in kw.items() if k in ("nonfinite", "all_reduce")}
         traced = {k: v for k, v in kw.items() if k not in static}
+        if not self.x64 and isinstance(max_norm, float) and 3.4e38 < max_norm < np.inf:
+            static["max_norm"] = max_norm  # jax.jit itself would make inf of it
+        else:
+            traced["max_norm"] = max_norm
 
-        def f(g: Any, c: Any, t: Any) -> Any:
-            return gradclip.clip_grad_norm(g, c, norm_type, **static, **t)
+        def f(g: Any, t: Any) -> Any:
+            return gradclip.clip_grad_norm(g, norm_type=norm_type, **static, **t)
 
-        return self._jitted(("clip", norm_type, tuple(static.items())), f)(grads, max_norm, traced)
+        return self._jitted(("clip", norm_type, tuple(static.items())), f)(grads, traced)
 
     def clip_grad_value(self, grads: Any, clip_value: Any) -> Any:
         return importlib.import_module("jax").jit(lambda g: gradclip.clip_grad_value(g, clip_value))(grads)

@@ -43,7 +43,7 @@ def verbs_with(name: str) -> tuple[str, ...]:
     return "clip_grad_norm", "clip_grad_norm_"
 
 
-def refused(grads: Any, error: Any, match: str, *, verbs: Any = None, **kw: Any) -> None:
+def check_refused(grads: Any, error: Any, match: str, *, verbs: Any = None, **kw: Any) -> None:
     """Assert that every verb refuses the argument, with nothing written and no shard waited for."""
     before = [bytes(memoryview(np.asarray(x)).cast("B")) for x in grads] if verbs is None else None
     (name, *_) = kw
@@ -114,7 +114,7 @@ each_scalar = pytest.mark.parametrize("name", ["max_norm", "norm", "divide_by"])
 @each_scalar
 @pytest.mark.parametrize(("value", "error"), NOT_SCALARS.values(), ids=NOT_SCALARS.keys())
 def test_a_scalar_that_is_no_real_number(name, value, error):
-    refused(numpy_grads(), error, f"^{name} must be ", **{name: value()})
+    check_refused(numpy_grads(), error, f"^{name} must be ", **{name: value()})
 
 
 @pytest.mark.parametrize("verb", ["clip_grad_norm", "clip_grad_norm_"])
@@ -128,13 +128,13 @@ def test_max_norm_is_needed(verb):
 @each_scalar
 @pytest.mark.parametrize("value", BELOW_ZERO.values(), ids=BELOW_ZERO.keys())
 def test_a_scalar_below_zero(name, value):
-    refused(numpy_grads(), ValueError, f"^{name} must be ", **{name: value})
+    check_refused(numpy_grads(), ValueError, f"^{name} must be ", **{name: value})
 
 
 @pytest.mark.parametrize("name", ["max_norm", "divide_by"])
 @pytest.mark.parametrize("value", NANS.values(), ids=NANS.keys())
 def test_a_scalar_that_is_nan(name, value):
-    refused(numpy_grads(), ValueError, f"^{name} must be .*nan", **{name: value})
+    check_refused(numpy_grads(), ValueError, f"^{name} must be .*nan", **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_scalar_that_is_nan(name, value):
     ids=str,
 )
 def test_divide_by_is_positive_and_finite(value):
-    refused(numpy_grads(), ValueError, "^divide_by must be a positive number", divide_by=value)
+    check_refused(numpy_grads(), ValueError, "^divide_by must be a positive number", divide_by=value)
 
 
 @each_scalar
@@ -151,7 +151,7 @@ def test_divide_by_is_positive_and_finite(value):
 def test_an_array_that_is_not_0_d(xp, name, shape):
     grads = make(xp)
     value = xp.array(np.ones(shape), "float32")
-    refused(
+    check_refused(
         grads,
         (ValueError, TypeError),
         rf"^{name} must be .*\b0-d",
@@ -159,7 +159,7 @@ def test_an_array_that_is_not_0_d(xp, name, shape):
         **{name: value},
     )
     if xp.in_place:
-        refused(
+        check_refused(
             grads,
             (ValueError, TypeError),
             rf"^{name} must be .*\b0-d",
@@ -173,7 +173,7 @@ def test_an_array_that_is_not_0_d(xp, name, shape):
 @pytest.mark.parametrize("dtype", ["bool", "complex64"])
 def test_a_0_d_array_that_is_not_real(xp, name, dtype):
     grads = make(xp)
-    refused(grads, TypeError, f"^{name} must be .*real", verbs=("clip_grad_norm",), **{name: xp.array(1, dtype)})
+    check_refused(grads, TypeError, f"^{name} must be .*real", verbs=("clip_grad_norm",), **{name: xp.array(1, dtype)})
     assert [g.tolist() for g in xp.back(grads)] == VALUES
 
 
@@ -195,7 +195,7 @@ BAD_NORM_TYPES = {
 
 @pytest.mark.parametrize(("value", "error"), BAD_NORM_TYPES.values(), ids=BAD_NORM_TYPES.keys())
 def test_a_bad_norm_type(value, error):
-    refused(numpy_grads(), error, "^norm_type must be ", norm_type=value)
+    check_refused(numpy_grads(), error, "^norm_type must be ", norm_type=value)
 
 
 def test_a_norm_type_that_lives_on_a_device(xp):
@@ -203,7 +203,7 @@ def test_a_norm_type_that_lives_on_a_device(xp):
     if xp.module == "numpy":  # the host sees it
         assert float(gradclip.global_norm(make(xp), p)) == 13.0
     else:
-        refused(
+        check_refused(
             make(xp),
             TypeError,
             "^norm_type must be .*known before",
@@ -263,7 +263,7 @@ BAD_POLICIES = {
 @pytest.mark.parametrize("value", BAD_POLICIES.values(), ids=BAD_POLICIES.keys())
 def test_a_bad_policy(value):
     match = "^nonfinite must be one of 'propagate', 'zero', 'error', got "
-    refused(numpy_grads(), (ValueError, TypeError), match, nonfinite=value)
+    check_refused(numpy_grads(), (ValueError, TypeError), match, nonfinite=value)
 
 
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "nan"])
@@ -282,7 +282,7 @@ def test_error_if_nonfinite_contradicts_zero(bad):
 @pytest.mark.parametrize("value", ["zero", "propagate", "False", np.zeros(2), [False]], ids=repr)
 def test_error_if_nonfinite_is_a_bool(value):
     """`clip_grad_norm_(g, 1.0, 2.0, "zero")` puts a policy in PyTorch's slot; it must not pass for True."""
-    refused(numpy_grads(), (TypeError, ValueError), "^error_if_nonfinite must be ", error_if_nonfinite=value)
+    check_refused(numpy_grads(), (TypeError, ValueError), "^error_if_nonfinite must be ", error_if_nonfinite=value)
 
 
 @pytest.mark.parametrize("yes", [True, np.True_, 1])
@@ -458,7 +458,7 @@ def test_0_d_bounds_of_the_library(xp, dtype):
 def test_a_negative_bound_on_a_device_acts_as_zero(xp, values, bound):
     grads, c = [xp.array(values, "float32")], xp.array(bound, "float32")
     if xp.module == "numpy" and bound < 0:
-        refused(grads, ValueError, "^max_norm must be a number >= 0", max_norm=c)
+        check_refused(grads, ValueError, "^max_norm must be a number >= 0", max_norm=c)
         return
     got, norm = xp.clip_grad_norm(grads, c)
     check(xp, got, grads, [[0.0, 0.0]], ulps=0)
@@ -470,7 +470,7 @@ def test_a_negative_bound_on_a_device_acts_as_zero(xp, values, bound):
 def test_a_nan_bound_on_a_device_gives_nan(xp, values, nonfinite):
     grads, c = [xp.array(values, "float32")], xp.array(math.nan, "float32")
     if xp.module == "numpy":
-        refused(grads, ValueError, "^max_norm must be a number >= 0", max_norm=c)
+        check_refused(grads, ValueError, "^max_norm must be a number >= 0", max_norm=c)
         return
     got, norm = xp.clip_grad_norm(grads, c, nonfinite=nonfinite)
     assert np.isnan(xp.numpy(got[0])).all()
@@ -642,16 +642,43 @@ def test_divide_by_brings_the_norm_into_range(xp):
 
 @pytest.mark.parametrize(("value", "divisor"), [(1e38, 1e39), (2e-20, 1e-39), (1e30, 1e42)])
 def test_a_divisor_beyond_float32(xp, value, divisor):
-    """Gradients, divisor and quotient are finite: so is the result, or an error where only float32 is at hand."""
+    """Gradients, divisor and quotient are finite: so is the result."""
     grads = [xp.array([value, -value], "float32")]
-    if not xp.accumulates_wide:
-        with pytest.raises(ValueError, match=r"divide_by=.* is outside .*divide the gradients first"):
-            gradclip.clip_grad_norm(grads, 1e37, divide_by=divisor)
-        return
     got, norm = gradclip.clip_grad_norm(grads, 1e37, divide_by=divisor)
     wants = [mpmath.mpf(x) / mpmath.mpf(divisor) for x in xp.numpy(grads[0]).tolist()]
     check(xp, got, grads, [wants])
     exact.check_norm(float(norm), exact.norm(xp.back(grads)) / mpmath.mpf(divisor), "float32")
+
+
+@pytest.mark.parametrize("bound", [4e38, 5e38, 7e38, 1e300])
+@pytest.mark.parametrize("given", [None, 6e38])
+@pytest.mark.parametrize("divisor", [None, 2.0**-20, 2.0**20, 1e45])
+def test_a_max_norm_beyond_float32(xp, bound, given, divisor):
+    """A norm of 6e38, say, cannot be reported in float32; whether it is clipped is decided all the same."""
+    value = np.float32(3e38) if divisor is None else np.float32(min(3e38, 3e38 * divisor))
+    grads = [xp.array([[value, -value], [value, value]], "float32")]
+    kw = {} if divisor is None else {"divide_by": divisor}
+    true = exact.norm(xp.back(grads)) / mpmath.mpf(divisor or 1)
+    if given is not None:
+        kw["norm"] = float(true)
+    got, norm = gradclip.clip_grad_norm(grads, bound, **kw)
+    exact.check_norm(float(norm), true, "float32")
+    factor = min(mpmath.mpf(1), bound / true) / mpmath.mpf(divisor or 1)
+    signs = [[1, -1], [1, 1]]
+    check(xp, got, grads, [[mpmath.mpf(float(value)) * sign * factor for row in signs for sign in row]], ulps=3)
+
+
+@pytest.mark.library("jax")
+def test_float64_bounds_of_float32_gradients_in_jax():
+    """Traced as float64, they are split there: as a float32 each of these is inf or 0."""
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        clip = jax.jit(lambda g, c, d: gradclip.clip_grad_norm(g, c, divide_by=d))
+        leaf = jax.numpy.full(4, 3e38, "float32")
+        for c, d, want in [(5e38, 1.0, 2.5e38), (7e38, 1.0, 3e38), (1e300, 1e45, 3e-7), (1e-50, 1e-45, 0.0)]:
+            got, _ = clip([leaf], np.float64(c), np.float64(d))
+            assert got[0].dtype == np.float32
+            assert float(got[0][2]) == pytest.approx(want, rel=3e-7)
 
 
 def test_divide_by_does_not_hide_a_bad_element(xp):

@@ -125,7 +125,8 @@ def test_vmap_with_a_named_axis_joins_the_examples(p: float) -> None:
 
 def test_scan_carries_clipped_gradients_of_the_same_type() -> None:
     def step(carry: Any, g: Any) -> Any:
-        return gradclip.clip_grad_norm({"m": carry["m"] + g}, 1.0)
+        grads, norm = gradclip.clip_grad_norm({"m": carry["m"] + g}, 1.0)
+        return grads, norm  # a plain pair: JAX 0.12 takes no named tuple from the body of a scan
 
     start = {"m": jnp.zeros(2, jnp.bfloat16)}
     end, norms = jax.lax.scan(step, start, jnp.full((4, 2), 3.0, jnp.bfloat16))

@@ -15,7 +15,7 @@ from typing import Any
 import array_api_compat
 
 from gradclip._norms import Law, identity, join
-from gradclip._numbers import Measured, Parts, quotient
+from gradclip._numbers import RANGES, Measured, Parts, host_split, moderate, quotient
 from gradclip._types import AllReduce, Array, Namespace
 
 #: Every dtype that can be clipped, and how many bits one of its real components has.
@@ -91,18 +91,33 @@ class Kernels:
             x = x[..., : n // 2] + x[..., n // 2 : n - n % 2]
         return xp.sum(xp.concat([x, *odd], axis=-1) if odd else x, axis=-1)
 
-    def scalar(self, value: Any, acc: Any, device: Any) -> Array:
-        """A number or 0-d array as a 0-d array in the accumulation dtype."""
+    def scalar(self, value: Any, dtype: Any, device: Any) -> Array:
+        """A number or 0-d array as a 0-d array of another dtype."""
         if isinstance(value, int | float):
-            return self.full(float(value), acc, device)
+            return self.full(float(value), dtype, device)
         with self.on(device):
-            return self.xp.astype(self.move(self.adopt(value), device), acc)
+            return self.xp.astype(self.move(self.adopt(value), device), dtype)
+
+    def number(self, value: Any, acc: Any, device: Any) -> Measured:
+        """A number or 0-d array, in or beyond the range of the accumulation dtype."""
+        xp = self.xp
+        if acc == xp.float64:
+            return Measured(self.scalar(value, acc, device), None)
+        step = RANGES["float32"].step
+        if isinstance(value, int | float):
+            root, exponent = host_split(float(value), step)
+            return Measured(self.full(root, acc, device), self.full(exponent, acc, device))
+        if dtype_name(value) != "float64":
+            return Measured(self.scalar(value, acc, device), self.full(0.0, acc, device))
+        with self.on(device):
+            m, e = moderate(xp, self.move(self.adopt(value), device), step)
+            return Measured(xp.astype(m, acc), xp.astype(e, acc))
 
     def report(self, norm: Array) -> Array:
         """A norm as the caller gets it, a 0-d array."""
         return norm
 
-    def quotient(self, bound: Array, norm: Measured) -> tuple[Array, Array | None]:
+    def quotient(self, bound: Measured, norm: Measured) -> tuple[Array, Array | None]:
         """`bound / norm` as a factor and a shift."""
         return quotient(self.xp, bound, norm)
 
@@ -138,11 +153,6 @@ class Kernels:
             if "float64" not in xp.__array_namespace_info__().dtypes(device=device, kind="real floating"):
                 return xp.float32
         return xp.float64
-
-    def limits(self, leaves: Sequence[Array]) -> tuple[float, float]:
-        """The smallest normal and the largest number of the accumulation dtype."""
-        info = self.xp.finfo(self.accumulation(leaves))
-        return float(info.smallest_normal), float(info.max)
 
     def reported(self, leaves: Sequence[Array]) -> Any:
         """The dtype of the norm: float64 if any leaf has 64-bit components, else float32."""

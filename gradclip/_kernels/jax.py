@@ -45,8 +45,8 @@ class JaxKernels(Kernels):
         return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
     def device(self, leaf: Array) -> Any:
-        if isinstance(leaf, jax.core.Tracer):
-            return None
+        if isinstance(leaf, jax.core.Tracer | np.generic):
+            return None  # anywhere
         return frozenset(leaf.sharding.device_set)
 
     def move(self, x: Array, device: Any) -> Array:
@@ -55,7 +55,7 @@ class JaxKernels(Kernels):
         return jax.device_put(x, min(device, key=lambda d: d.id)) if len(device) == 1 else _replicate(x, device)
 
     def full(self, value: float, dtype: Any, device: Any) -> Array:
-        return jnp.full((), value, dtype)
+        return np.dtype(dtype).type(value)
 
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         return self.reported(leaves)
@@ -77,8 +77,8 @@ class JaxKernels(Kernels):
             return plan
 
         def call(kernels: JaxKernels, arrays: Sequence[Array], bounds: Any, **static: Any) -> Any:
-            here = (self.move(x, devices[0]) if isinstance(x, jax.Array) else x for x in bounds)
-            return _jitted(plan)(kernels, arrays, type(bounds)(*here), **static)
+            here = jax.tree.map(lambda x: self.move(x, devices[0]), bounds)
+            return _jitted(plan)(kernels, arrays, here, **static)
 
         return call
 
@@ -130,7 +130,7 @@ class JaxKernels(Kernels):
     def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> Measured:
         return _measure(self, law, acc, all_reduce, list(leaves))
 
-    def quotient(self, bound: Array, norm: Measured) -> tuple[Array, Array | None]:
+    def quotient(self, bound: Measured, norm: Measured) -> tuple[Array, Array | None]:
         return _quotient(self, bound, norm)
 
     def scale(self, leaves: Sequence[Array], factor: Array, shift: Array | None) -> list[Array]:
@@ -189,7 +189,7 @@ def _scale(kernels: JaxKernels, leaves: list[Array], factor: Array, shift: Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _quotient(kernels: JaxKernels, bound: Array, norm: Measured) -> tuple[Array, Array | None]:
+def _quotient(kernels: JaxKernels, bound: Measured, norm: Measured) -> tuple[Array, Array | None]:
     return Kernels.quotient(kernels, bound, norm)
 
 
@@ -197,7 +197,7 @@ def _quotient(kernels: JaxKernels, bound: Array, norm: Measured) -> tuple[Array,
 def _quotient_jvp(kernels: JaxKernels, primals: Any, tangents: Any) -> Any:
     (bound, norm), (d_bound, d_norm) = primals, tangents
     factor, shift = _quotient(kernels, bound, norm)
-    by_bound = d_bound / jnp.where(bound == 0, jnp.full_like(bound, jnp.inf), bound)
+    by_bound = d_bound.root / jnp.where(bound.root == 0, jnp.full_like(bound.root, jnp.inf), bound.root)
     return (factor, shift), (by_bound - d_norm.root / norm.root, None if shift is None else jnp.zeros_like(shift))
 
 
