@@ -7,8 +7,8 @@ import numbers
 from typing import Any, cast, get_args
 
 from gradclip._dispatch import host_number, is_nothing, is_real, library, on_host
-from gradclip._tree import is_container, spread
-from gradclip._types import Leaf, Nonfinite, Scalar, Tree
+from gradclip._tree import Flat, is_container, spread
+from gradclip._types import Nonfinite, Scalar
 
 
 def norm_type(p: Any) -> float:
@@ -55,8 +55,9 @@ def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True
     return value
 
 
-def bounds(clip_value: Any, grads: Tree, leaves: list[Leaf]) -> list[tuple[Any, Any]]:
-    """`clip_value` as a pair for every leaf of `grads`; a lower bound of None stands for minus the upper one."""
+def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
+    """`clip_value` as a pair for every leaf; a lower bound of None stands for minus the upper one."""
+    grads = flat.rebuild(flat.values)
     if not is_container(clip_value):
         _check(None, clip_value)
     if _is_pair(clip_value):
@@ -72,15 +73,14 @@ def bounds(clip_value: Any, grads: Tree, leaves: list[Leaf]) -> list[tuple[Any, 
     else:
         pairs = [b if _is_pair(b) else (None, b) for b in spread(clip_value, grads, "clip_value", _is_pair, is_nothing)]
     pairs = [(_float(lo), _float(hi)) for lo, hi in pairs]
-    for leaf, (lo, hi) in zip(leaves, pairs, strict=True):
+    for i, (leaf, (lo, hi)) in enumerate(zip(flat.values, pairs, strict=True)):
         _check(lo, hi)
         for bound in (lo, hi):
             shape = tuple(getattr(bound, "shape", ()))
-            if not _broadcasts(shape, tuple(leaf.value.shape)):
-                where = "clip_value" + leaf.path.removeprefix("grads")
+            if not _broadcasts(shape, tuple(leaf.shape)):
+                where = "clip_value" + flat.paths()[i].removeprefix("grads")
                 raise ValueError(
-                    f"{where} has shape {shape}, which does not broadcast to the gradient's shape "
-                    f"{tuple(leaf.value.shape)}"
+                    f"{where} has shape {shape}, which does not broadcast to the gradient's shape {tuple(leaf.shape)}"
                 )
     return pairs
 

@@ -17,7 +17,8 @@ from gradclip._errors import Culprit, NonFiniteError
 from gradclip._kernels.generic import Kernels, dtype_name
 from gradclip._norms import Law, law
 from gradclip._numbers import Measured, to_float32
-from gradclip._types import AllReduce, Array, Clipped, Leaf, Nonfinite, Scalar, Tree
+from gradclip._tree import Flat
+from gradclip._types import AllReduce, Array, Clipped, Nonfinite, Scalar, Tree
 
 T = TypeVar("T")
 
@@ -62,8 +63,8 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     3.0000000054977558e+38
     """
     p = law(_arguments.norm_type(norm_type))
-    leaves, _ = active(grads)
-    return _plan(leaves, kernels_for(leaves), p, "propagate", _Bounds(), all_reduce).norm
+    flat = active(grads)
+    return _plan(flat, kernels_for(flat), p, "propagate", _Bounds(), all_reduce).norm
 
 
 def clip_grad_norm(
@@ -123,11 +124,11 @@ def clip_grad_norm(
     """
     bounds = _Bounds.checked(max_norm, norm, divide_by)
     nonfinite, p = _arguments.policy(nonfinite), law(_arguments.norm_type(norm_type))
-    leaves, rebuild = active(grads)
-    kernels = kernels_for(leaves, bounds)
-    plan = _plan(leaves, kernels, p, nonfinite, bounds, all_reduce)
+    flat = active(grads)
+    kernels = kernels_for(flat, bounds)
+    plan = _plan(flat, kernels, p, nonfinite, bounds, all_reduce)
     with kernels.quiet():
-        return Clipped(rebuild(kernels.scale(plan.arrays, plan.factor, plan.shift)), plan.norm)
+        return Clipped(flat.rebuild(kernels.scale(plan.arrays, plan.factor, plan.shift)), plan.norm)
 
 
 def clip_grad_norm_(
@@ -169,13 +170,12 @@ def clip_grad_norm_(
         nonfinite = "error"
     bounds = _Bounds.checked(max_norm, norm, divide_by)
     nonfinite, p = _arguments.policy(nonfinite), law(_arguments.norm_type(norm_type))
-    leaves, _ = active(grads)
-    kernels = kernels_for(leaves, bounds)
-    refuse_unwritable(leaves, kernels, "clip_grad_norm")
-    plan = _plan(leaves, kernels, p, nonfinite, bounds, all_reduce)
+    flat = active(grads)
+    kernels = kernels_for(flat, bounds)
+    refuse_unwritable(flat, kernels, "clip_grad_norm")
+    plan = _plan(flat, kernels, p, nonfinite, bounds, all_reduce)
     with kernels.quiet():
-        once = {kernels.shares(x): x for x in plan.arrays}
-        kernels.scale_into(list(once.values()), plan.factor, plan.shift)
+        kernels.scale_into(kernels.distinct(plan.arrays), plan.factor, plan.shift)
     return plan.norm
 
 
@@ -205,7 +205,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    leaves: list[Leaf],
+    flat: Flat,
     kernels: Kernels,
     p: Law,
     nonfinite: Nonfinite,
@@ -214,13 +214,13 @@ def _plan(
 ) -> _Plan:
     """Measure the gradients, decide on the factor, and raise if the policy asks for it."""
     with kernels.quiet():
-        arrays = [kernels.adopt(leaf.value) for leaf in leaves]
+        arrays = [kernels.adopt(x) for x in flat.values]
         acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
         numbers = _Bounds(*(None if x is None else kernels.number(x, acc, home) for x in bounds))
         decide = _decide if all_reduce is not None else kernels.staged(_decide, arrays)
         norm, factor, shift, root = decide(kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce)
         if nonfinite == "error":
-            _raise_if_bad(kernels, leaves, arrays, norm, root)
+            _raise_if_bad(kernels, flat, arrays, norm, root)
     return _Plan(arrays, kernels.report(norm), factor, shift)
 
 
@@ -262,19 +262,19 @@ def _decide(
         return reported, factor, shift, root
 
 
-def _raise_if_bad(kernels: Kernels, leaves: list[Leaf], arrays: list[Array], norm: Array, root: Array) -> None:
+def _raise_if_bad(kernels: Kernels, flat: Flat, arrays: list[Array], norm: Array, root: Array) -> None:
     """Raise NonFiniteError if `root` is not finite: one number is read, and the leaves only if it is bad."""
     if kernels.is_traced([*arrays, root]):
-        for leaf, x in zip(leaves, arrays, strict=True):
-            kernels.insist(x, leaf.path)
+        for path, x in zip(flat.paths(), arrays, strict=True):
+            kernels.insist(x, path)
         kernels.insist(root, "the global norm")
         return
     if math.isfinite(kernels.read(root, float)):
         return
     culprits = []
-    for leaf, x in zip(leaves, arrays, strict=True):
+    for path, x in zip(flat.paths(), arrays, strict=True):
         nans, infs = kernels.census(x)
         if nans or infs:
-            culprits.append(Culprit(leaf.path, f"{dtype_name(x)}, shape {tuple(x.shape)}", nans, infs))
+            culprits.append(Culprit(path, f"{dtype_name(x)}, shape {tuple(x.shape)}", nans, infs))
     hint = "" if culprits else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
     raise NonFiniteError(str(kernels.read(norm, float)), culprits, hint)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 from gradclip import _arguments
 from gradclip._dispatch import active, kernels_for, refuse_complex, refuse_unwritable
 from gradclip._kernels.generic import Kernels
-from gradclip._tree import Rebuild
-from gradclip._types import Leaf, Tree
+from gradclip._tree import Flat
+from gradclip._types import Tree
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def clip_grad_value(grads: T, clip_value: Any) -> T:
     {'w': array([-1. ,  0.5,  2. ])}
     """
     job = _prepare(grads, clip_value)
-    return job.rebuild(_clamped(job))  # type: ignore[no-any-return]
+    return job.flat.rebuild(_clamped(job))  # type: ignore[no-any-return]
 
 
 def clip_grad_value_(grads: Tree, clip_value: Any) -> None:
@@ -74,31 +74,30 @@ def clip_grad_value_(grads: Tree, clip_value: Any) -> None:
     array([-1. ,  0.5,  1. ])
     """
     job = _prepare(grads, clip_value)
-    refuse_unwritable(job.leaves, job.kernels, "clip_grad_value")
-    for leaf, new in zip(job.leaves, _clamped(job), strict=True):
-        job.kernels.write(leaf.value, new)
+    refuse_unwritable(job.flat, job.kernels, "clip_grad_value")
+    for leaf, new in zip(job.flat.values, _clamped(job), strict=True):
+        job.kernels.write(leaf, new)
 
 
 class _Job(NamedTuple):
-    """The leaves that hold gradients, each with its checked bounds, and the way back to the tree."""
+    """The leaves that hold gradients, each with its checked bounds."""
 
     kernels: Kernels
-    leaves: list[Leaf]
+    flat: Flat
     pairs: list[tuple[Any, Any]]
-    rebuild: Rebuild
 
 
 def _prepare(grads: Tree, clip_value: Any) -> _Job:
-    leaves, rebuild = active(grads)
-    kernels_for(leaves)
-    refuse_complex(leaves)
-    pairs = _arguments.bounds(clip_value, rebuild([leaf.value for leaf in leaves]), leaves)
-    return _Job(kernels_for(leaves, [bound for pair in pairs for bound in pair]), leaves, pairs, rebuild)
+    flat = active(grads)
+    kernels_for(flat)
+    refuse_complex(flat)
+    pairs = _arguments.bounds(clip_value, flat)
+    return _Job(kernels_for(flat, [bound for pair in pairs for bound in pair]), flat, pairs)
 
 
 def _clamped(job: _Job) -> list[Any]:
     with job.kernels.quiet():
         return [
-            job.kernels.clamped(job.kernels.adopt(leaf.value), low, high)
-            for leaf, (low, high) in zip(job.leaves, job.pairs, strict=True)
+            job.kernels.clamped(job.kernels.adopt(leaf), low, high)
+            for leaf, (low, high) in zip(job.flat.values, job.pairs, strict=True)
         ]

@@ -14,8 +14,8 @@ import array_api_compat
 
 from gradclip._errors import LeafError
 from gradclip._kernels.generic import COMPONENT_BITS, Kernels, dtype_name
-from gradclip._tree import Rebuild, flatten
-from gradclip._types import Leaf, Tree
+from gradclip._tree import Flat, flatten
+from gradclip._types import Tree
 
 
 class Library(NamedTuple):
@@ -31,6 +31,9 @@ LIBRARIES = (
     Library("jax", array_api_compat.is_jax_array, "JaxKernels"),
     Library("cupy", array_api_compat.is_cupy_array, "CupyKernels"),
 )
+
+
+_NAMES = frozenset(known.name for known in LIBRARIES)
 
 
 def library(x: Any) -> str | None:
@@ -88,43 +91,59 @@ def _generic(xp: Any) -> Kernels:
     return Kernels(xp)
 
 
-def kernels_for(leaves: Sequence[Leaf], scalars: Sequence[Any] = ()) -> Kernels:
+def active(grads: Tree) -> Flat:
+    """The leaves of a tree that hold gradients; JAX's float0 leaves stay where they are."""
+    flat = flatten(grads)
+    return flat.without(is_nothing) if any(is_nothing(flat.values[i]) for i in flat.samples) else flat
+
+
+def kernels_for(flat: Flat, scalars: Sequence[Any] = ()) -> Kernels:
     """The kernels for these leaves; arrays among `scalars` have a say too.
 
     Raises LeafError for a leaf that cannot be clipped, or when two libraries meet that cannot work together.
     """
-    found: dict[str, Leaf] = {}
-    for leaf in leaves:
-        name = library(leaf.value)
-        _admit(leaf, name)
-        assert name is not None
-        found.setdefault(name, leaf)
+    values, found = flat.values, dict[str, int | None]()  # where each library is seen first; None: in a bound
+    for i in _to_check(flat):
+        found.setdefault(_admit(flat, i), i)
     for value in scalars:
         name = library(value)
         if name in (None, "numpy") or (name == "jax" and "numpy" in found and not _is_traced(value)):
             continue  # NumPy can read it
-        found.setdefault(str(name), Leaf("a bound", value))
+        found.setdefault(str(name), None)
     if "jax" in found:
         found.pop("numpy", None)
     if len(found) > 1:
-        (one, a), (two, b) = list(found.items())[:2]
+        one, two = (
+            f"{'a bound' if i is None else flat.paths()[i]} {verb}a {name} array"
+            for verb, (name, i) in zip(("is ", ""), list(found.items())[:2], strict=True)
+        )
         raise LeafError(
-            f"{a.path} is a {one} array and {b.path} a {two} array: they cannot be clipped as one. "
+            f"{one} and {two}: they cannot be clipped as one. "
             f"Convert one side first, or clip two trees with one norm (norm=...)"
         )
     if not found:
         return _kernels("numpy")
-    name, leaf = next(iter(found.items()))
-    if any(lib.name == name for lib in LIBRARIES):
+    name, first = next(iter(found.items()))
+    if name in _NAMES:
         return _kernels(name)
-    return _generic(array_api_compat.array_namespace(leaf.value))
+    example = next(x for x in scalars if library(x) == name) if first is None else values[first]
+    return _generic(array_api_compat.array_namespace(example))
 
 
-def _admit(leaf: Leaf, name: str | None) -> None:
-    """Raise LeafError unless the leaf is a dense floating-point or complex array."""
-    what, repair = _objection(leaf.value, name)
-    if what:
-        raise LeafError(f"{leaf.path} is {what}: {repair}")
+def _to_check(flat: Flat) -> Sequence[int]:
+    """Which leaves must be looked at: where type and dtype say all, one of each kind is enough."""
+    if all(library(flat.values[i]) in _NAMES for i in flat.samples):
+        return flat.samples
+    return range(len(flat.values))
+
+
+def _admit(flat: Flat, i: int) -> str:
+    """The library of a leaf. Raises LeafError unless the leaf is a dense floating-point or complex array."""
+    name = library(flat.values[i])
+    what, repair = _objection(flat.values[i], name)
+    if what or name is None:
+        raise LeafError(f"{flat.paths()[i]} is {what}: {repair}")
+    return name
 
 
 def _objection(x: Any, name: str | None) -> tuple[str, str]:
@@ -167,37 +186,27 @@ def _is_sparse_tensor(x: Any) -> bool:
     return _is(x, "torch", "Tensor") and "strided" not in str(layout)
 
 
-def refuse_unwritable(leaves: Sequence[Leaf], kernels: Kernels, verb: str) -> None:
+def refuse_unwritable(flat: Flat, kernels: Kernels, verb: str) -> None:
     """Raise LeafError unless every leaf can be written in place. `verb`: the functional form's name."""
-    for leaf in leaves:
-        own = kernels_for([leaf])  # among NumPy leaves beside JAX leaves, name one of JAX's
-        reason = "" if own is not kernels else kernels.unwritable(leaf.value)
-        if reason:
+    for i, x in enumerate(flat.values):
+        reason = kernels.unwritable(x)
+        if reason and _owner(x) is kernels:  # among NumPy leaves beside JAX leaves, name one of JAX's
             raise LeafError(
-                f"{leaf.path} {reason}, so it cannot be clipped in place: use gradclip.{verb}, "
+                f"{flat.paths()[i]} {reason}, so it cannot be clipped in place: use gradclip.{verb}, "
                 "and take the gradients that it returns"
             )
 
 
-def refuse_complex(leaves: Sequence[Leaf]) -> None:
+def _owner(x: Any) -> Kernels:
+    name = str(library(x))
+    return _kernels(name) if name in _NAMES else _generic(array_api_compat.array_namespace(x))
+
+
+def refuse_complex(flat: Flat) -> None:
     """Raise LeafError for a complex leaf: complex numbers have no order."""
-    for leaf in leaves:
-        if dtype_name(leaf.value).startswith("complex"):
+    for i in flat.samples:
+        if dtype_name(flat.values[i]).startswith("complex"):
             raise LeafError(
-                f"{leaf.path} is complex ({dtype_name(leaf.value)}), and complex numbers have no order: clip its "
-                "real and imaginary parts apart, or use gradclip.clip_grad_norm"
+                f"{flat.paths()[i]} is complex ({dtype_name(flat.values[i])}), and complex numbers have no order: clip "
+                "its real and imaginary parts apart, or use gradclip.clip_grad_norm"
             )
-
-
-def active(grads: Tree) -> tuple[list[Leaf], Rebuild]:
-    """The leaves of a tree that hold gradients, and the way back; JAX's float0 leaves stay where they are."""
-    leaves, rebuild = flatten(grads)
-    places = [i for i, leaf in enumerate(leaves) if not is_nothing(leaf.value)]
-
-    def rebuild_all(values: list[Any]) -> Tree:
-        out = [leaf.value for leaf in leaves]
-        for i, value in zip(places, values, strict=True):
-            out[i] = value
-        return rebuild(out)
-
-    return [leaves[i] for i in places], rebuild_all

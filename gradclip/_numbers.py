@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     exponent: Array | None
 
     def split(self, xp: Namespace) -> tuple[Array, Array]:
-        """The same as `(m, e)`, m within step**-0.5 .. step**0.5, or 0."""
+        """The same as `(m, e)`, step**-0.5 <= m < step**0.5 unless it is 0 or not finite."""
         m, e = moderate(xp, self.root)
         return m, e if self.exponent is None else e + self.exponent
 
@@ -70,7 +70,10 @@ class Measured(NamedTuple):
         if self.exponent is None and other.exponent is None:
             return self.root > other.root
         (m, i), (n, j) = self.split(xp), other.split(xp)
-        return rescale(xp, m, xp.where(n > 0, i - j, xp.zeros_like(i))) > n
+        # One step decides: m and n are less than one apart.
+        more, less = xp.logical_and(i > j, n > 0), xp.logical_and(i < j, n > 0)
+        step, one = range_of(m).step, xp.ones_like(m)
+        return m * xp.where(more, step * one, xp.where(less, one / step, one)) > n
 
     def magnitude(self, xp: Namespace) -> Measured:
         return Measured(xp.abs(self.root), self.exponent)
@@ -187,7 +190,7 @@ def quotient(xp: Namespace, bound: Measured, norm: Measured) -> tuple[Array, Arr
 def host_split(value: float, step: float) -> tuple[float, float]:
     """`moderate` for a Python number."""
     half, e = math.sqrt(step), 0.0
-    while half < abs(value) < math.inf:
+    while half <= abs(value) < math.inf:
         value, e = value / step, e + 1
     while 0 < abs(value) < 1 / half:
         value, e = value * step, e - 1
@@ -195,14 +198,14 @@ def host_split(value: float, step: float) -> tuple[float, float]:
 
 
 def moderate(xp: Namespace, x: Array, step: float = 0.0) -> tuple[Array, Array]:
-    """`(m, e)` with x = m * step**e and m within step**-0.5 .. step**0.5, for x >= 0.
+    """`(m, e)` with x = m * step**e and step**-0.5 <= m < step**0.5, for finite x > 0; m = x for 0, inf and NaN.
 
     `step` is that of x's own dtype, or a smaller one that x is to be moved to.
     """
     step = step or range_of(x).step
     half, one, e = math.sqrt(step), xp.ones_like(x), xp.zeros_like(x)
     for _ in range(math.ceil(math.log(range_of(x).top, step))):
-        up, down = x > half, xp.logical_and(x < 1 / half, x > 0)
+        up, down = x >= half, xp.logical_and(x < 1 / half, x > 0)
         x = x * xp.where(up, one / step, xp.where(down, step * one, one))
         e = e + xp.where(up, one, xp.where(down, -one, 0 * one))
     return x, e

@@ -1,4 +1,4 @@
-"""Containers and key paths: `flatten(tree)` gives the leaves and the way back.
+"""Containers and key paths: `flatten(tree)` gives the leaves, their key paths, and the way back.
 
 Knows list, tuple, dict, their subclasses, named tuples, one-shot iterators, and, once JAX is loaded, every class
 in JAX's pytree registry (Flax and Equinox modules, dataclasses registered by the user). None is an empty
@@ -10,21 +10,19 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, KeysView, ValuesView
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, KeysView, Sized, ValuesView
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from gradclip._types import Leaf, Tree
-
-Build: TypeAlias = Callable[[list[Any]], Any]
-Rebuild: TypeAlias = Callable[[list[Any]], Tree]
+from gradclip._types import Tree
 
 
 class Node(NamedTuple):
     """One container, one level deep: its children, how each is reached, and how to make its like."""
 
-    keys: list[str]
+    keys: Callable[[], list[str]]  # only an error needs them
     children: list[Any]
-    build: Build
+    build: Callable[[list[Any]], Any]
 
 
 def _mapping(tree: Any) -> Node:
@@ -39,7 +37,7 @@ def _mapping(tree: Any) -> Node:
             out[key] = child
         return out
 
-    return Node([f"[{key!r}]" for key in keys], [tree[key] for key in keys], build)
+    return Node(lambda: [f"[{key!r}]" for key in keys], [tree[key] for key in keys], build)
 
 
 def _sequence(tree: Any) -> Node:
@@ -60,9 +58,13 @@ def _sequence(tree: Any) -> Node:
         out[:] = children
         return out
 
-    children = list(tree)
-    keys = [f".{name}" for name in fields] if fields else [f"[{i}]" for i in range(len(children))]
-    return Node(keys, children, build)
+    if fields:
+        return Node(lambda: [f".{name}" for name in fields], list(tree), build)
+    return Node(_indices(tree), list(tree), build)
+
+
+def _indices(children: Sized) -> Callable[[], list[str]]:
+    return lambda: [f"[{i}]" for i in range(len(children))]
 
 
 def _registered(tree: Any) -> Node | None:
@@ -76,7 +78,7 @@ def _registered(tree: Any) -> Node | None:
     pairs, treedef = tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if len(pairs) == 1 and pairs[0][1] is tree:
         return None
-    return Node([_key(path[0]) for path, _ in pairs], [child for _, child in pairs], treedef.unflatten)
+    return Node(lambda: [_key(path[0]) for path, _ in pairs], [child for _, child in pairs], treedef.unflatten)
 
 
 def _key(entry: Any) -> str:
@@ -107,7 +109,7 @@ def _open(tree: Any) -> Node | None:
         return _sequence(tree)
     if isinstance(tree, Iterator | KeysView | ValuesView):
         children = list(tree)
-        return Node([f"[{i}]" for i in range(len(children))], children, list)
+        return Node(_indices(children), children, list)
     registered = _registered(tree)
     if registered is not None:
         return registered
@@ -118,42 +120,116 @@ def _open(tree: Any) -> Node | None:
     return None
 
 
-def flatten(tree: Tree, root: str = "grads") -> tuple[list[Leaf], Rebuild]:
-    """Leaves of `tree` in order, and the function that puts as many values back in their places.
+class _Inner(NamedTuple):
+    """What `flatten` remembers of a container. A place below it is another one, None, or `_LEAF`."""
 
-    Parameters
-    ----------
-    tree
-        Any nesting of containers. One-shot iterators are read once and come back as lists.
-    root
-        How key paths begin.
+    node: Node
+    places: list[Any]
 
-    Returns
-    -------
-    leaves : list of Leaf
-        Every leaf that is not None.
-    rebuild
-        `rebuild(values)` gives a tree like the one that came, with `values` at the leaves.
+
+_LEAF = object()
+
+#: Types of leaves met before, for speed. Array types only: another class may be registered with JAX later on.
+_leaf_types: set[type] = set()
+
+
+class Flat:
+    """The leaves of a tree: `values`, in order, without the empty places."""
+
+    def __init__(self, values: list[Any], plan: Any, root: str) -> None:
+        self.values = values
+        self._plan = plan
+        self._root = root
+
+    @cached_property
+    def samples(self) -> list[int]:
+        """In order, the first leaf of every kind, a kind being a type and a dtype."""
+        kinds = [(type(x), getattr(x, "dtype", None)) for x in self.values]
+        try:
+            return sorted(kinds.index(kind) for kind in set(kinds))
+        except TypeError:  # a dtype that is no array's
+            return list(range(len(kinds)))
+
+    def rebuild(self, values: list[Any]) -> Tree:
+        """A tree like the one that came, with `values` at the leaves."""
+        it = iter(values)
+
+        def build(place: Any) -> Any:
+            if place is _LEAF:
+                return next(it)
+            return place and place.node.build([next(it) if p is _LEAF else build(p) for p in place.places])
+
+        return build(self._plan)
+
+    def paths(self) -> list[str]:
+        """How a reader would write the way to each leaf: `grads['encoder'][3].weight`."""
+        out: list[str] = []
+
+        def visit(place: Any, path: str) -> None:
+            if place is _LEAF:
+                out.append(path)
+            elif place is not None:
+                for key, below in zip(place.node.keys(), place.places, strict=True):
+                    visit(below, path + key)
+
+        visit(self._plan, self._root)
+        return out
+
+    def without(self, drop: Callable[[Any], bool]) -> Flat:
+        """The same tree, where some leaves stay as they are and are not among `values`."""
+        return _Part(self, [i for i, x in enumerate(self.values) if not drop(x)])
+
+
+class _Part(Flat):
+    def __init__(self, whole: Flat, places: list[int]) -> None:
+        self.values = [whole.values[i] for i in places]
+        self._whole, self._places = whole, places
+
+    def rebuild(self, values: list[Any]) -> Tree:
+        out = list(self._whole.values)
+        for i, value in zip(self._places, values, strict=True):
+            out[i] = value
+        return self._whole.rebuild(out)
+
+    def paths(self) -> list[str]:
+        paths = self._whole.paths()
+        return [paths[i] for i in self._places]
+
+
+def flatten(tree: Tree, root: str = "grads") -> Flat:
+    """Open any nesting of containers. `root`: how key paths begin.
+
+    One-shot iterators are read once and come back as lists.
     """
-    leaves: list[Leaf] = []
-    inside: set[int] = set()
+    values: list[Any] = []
+    inside: list[tuple[Any, Node]] = []  # the containers that stand open
 
-    def visit(node: Any, path: str) -> Callable[[Iterator[Any]], Any]:
+    def visit(x: Any) -> Any:
+        if type(x) in _leaf_types:
+            values.append(x)
+            return _LEAF
+        if x is None:
+            return None
+        node = _open(x)
         if node is None:
-            return lambda values: None
-        opened = _open(node)
-        if opened is None:
-            leaves.append(Leaf(path, node))
-            return next
-        if id(node) in inside:
-            raise ValueError(f"{path} contains itself: a gradient tree must be finite")
-        inside.add(id(node))
-        parts = [visit(child, path + key) for key, child in zip(opened.keys, opened.children, strict=True)]
-        inside.discard(id(node))
-        return lambda values: opened.build([part(values) for part in parts])
+            if hasattr(type(x), "__dlpack__"):
+                _leaf_types.add(type(x))
+            values.append(x)
+            return _LEAF
+        if any(x is outer for outer, _ in inside):
+            below = [outer for outer, _ in inside[1:]] + [x]
+            keys = (_key_of(child, node) for child, (_, node) in zip(below, inside, strict=True))
+            raise ValueError(f"{root}{''.join(keys)} contains itself: a gradient tree must be finite")
+        inside.append((x, node))
+        places = [visit(child) for child in node.children]
+        inside.pop()
+        return _Inner(node, places)
 
-    plan = visit(tree, root)
-    return leaves, lambda values: plan(iter(values))
+    return Flat(values, visit(tree), root)
+
+
+def _key_of(child: Any, node: Node) -> str:
+    return next(key for key, other in zip(node.keys(), node.children, strict=True) if other is child)
 
 
 def is_container(x: Any) -> bool:
@@ -183,14 +259,14 @@ def spread(
         elif inner is None:
             for child in opened.children:
                 visit(bound, child, path)
-        elif sorted(opened.keys) != sorted(inner.keys):
-            raise ValueError(
-                f"{path} does not match the gradients there: "
-                f"it has {_listed(inner.keys)}, they have {_listed(opened.keys)}"
-            )
         else:
-            below = dict(zip(inner.keys, inner.children, strict=True))
-            for key, child in zip(opened.keys, opened.children, strict=True):
+            keys, given = opened.keys(), inner.keys()
+            if sorted(keys) != sorted(given):
+                raise ValueError(
+                    f"{path} does not match the gradients there: it has {_listed(given)}, they have {_listed(keys)}"
+                )
+            below = dict(zip(given, inner.children, strict=True))
+            for key, child in zip(keys, opened.children, strict=True):
                 visit(below[key], child, path + key)
 
     visit(bounds, tree, name)

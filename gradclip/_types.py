@@ -37,10 +37,3 @@ class Clipped(NamedTuple, Generic[T]):
 
     norm: Array
     """The global norm before clipping (after `divide_by`), a 0-d array."""
-
-
-class Leaf(NamedTuple):
-    """One leaf of a tree and how a reader would write the way to it: `grads['encoder'][3].weight`."""
-
-    path: str
-    value: Any

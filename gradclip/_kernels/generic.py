@@ -140,6 +140,10 @@ class Kernels:
             return "has elements that share memory (a stride of 0)"
         return ""
 
+    def distinct(self, leaves: Sequence[Array]) -> list[Array]:
+        """The leaves, each only once that is there several times."""
+        return list({self.shares(x): x for x in leaves}.values())
+
     def shares(self, leaf: Array) -> Any:
         """A key that two leaves share when they are the very same memory."""
         return id(leaf)
