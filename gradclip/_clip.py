@@ -9,12 +9,14 @@ the laws of _norms give the norm, `_decide` below turns it into one factor, and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from gradclip import _arguments
 from gradclip._dispatch import active, kernels_for, refuse_unwritable
 from gradclip._errors import Culprit, NonFiniteError
-from gradclip._kernels.generic import Kernels, dtype_name
+from gradclip._kernels.dtypes import dtype_name
+from gradclip._kernels.generic import Kernels
 from gradclip._norms import Law, law
 from gradclip._numbers import Measured, to_float32
 from gradclip._tree import Flat
@@ -198,7 +200,7 @@ class _Bounds(NamedTuple):
 class _Plan(NamedTuple):
     """All that is known before the first element is written."""
 
-    arrays: list[Array]
+    arrays: Sequence[Array]
     norm: Array
     factor: Array
     shift: Array | None
@@ -214,7 +216,7 @@ def _plan(
 ) -> _Plan:
     """Measure the gradients, decide on the factor, and raise if the policy asks for it."""
     with kernels.quiet():
-        arrays = [kernels.adopt(x) for x in flat.values]
+        arrays = kernels.adopted(flat.values)
         acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
         numbers = _Bounds(*(None if x is None else kernels.number(x, acc, home) for x in bounds))
         decide = _decide if all_reduce is not None else kernels.staged(_decide, arrays)
@@ -226,7 +228,7 @@ def _plan(
 
 def _decide(
     kernels: Kernels,
-    arrays: list[Array],
+    arrays: Sequence[Array],
     bounds: _Bounds,
     *,
     law: Law,
@@ -262,7 +264,7 @@ def _decide(
         return reported, factor, shift, root
 
 
-def _raise_if_bad(kernels: Kernels, flat: Flat, arrays: list[Array], norm: Array, root: Array) -> None:
+def _raise_if_bad(kernels: Kernels, flat: Flat, arrays: Sequence[Array], norm: Array, root: Array) -> None:
     """Raise NonFiniteError if `root` is not finite: one number is read, and the leaves only if it is bad."""
     if kernels.is_traced([*arrays, root]):
         for path, x in zip(flat.paths(), arrays, strict=True):

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import array_api_compat
 
 from gradclip._errors import LeafError
-from gradclip._kernels.generic import COMPONENT_BITS, Kernels, dtype_name
+from gradclip._kernels.dtypes import COMPONENT_BITS, dtype_name
+from gradclip._kernels.generic import Kernels
 from gradclip._tree import Flat, flatten
 from gradclip._types import Tree
 
@@ -35,9 +36,14 @@ LIBRARIES = (
 
 _NAMES = frozenset(known.name for known in LIBRARIES)
 
+#: Kinds of leaves (type and dtype) that were found to be good, and whose they are. For speed.
+_admitted: dict[tuple[type, Any], str] = {}
+
 
 def library(x: Any) -> str | None:
     """The name of the library that `x` belongs to, None if it is no array."""
+    if type(x) is float or type(x) is int:
+        return None
     for known in LIBRARIES:
         if known.owns(x):
             return known.name
@@ -75,7 +81,8 @@ def _is_traced(x: Any) -> bool:
 
 def is_nothing(x: Any) -> bool:
     """Whether a leaf holds no gradient: JAX's float0, the tangent of an integer."""
-    return str(getattr(x, "dtype", "")) == "[('float0', 'V')]"
+    dtype = getattr(x, "dtype", None)
+    return getattr(dtype, "names", None) is not None and str(dtype) == "[('float0', 'V')]"
 
 
 @lru_cache
@@ -106,7 +113,7 @@ def kernels_for(flat: Flat, scalars: Sequence[Any] = ()) -> Kernels:
     for i in _to_check(flat):
         found.setdefault(_admit(flat, i), i)
     for value in scalars:
-        name = library(value)
+        name = None if value is None else library(value)
         if name in (None, "numpy") or (name == "jax" and "numpy" in found and not _is_traced(value)):
             continue  # NumPy can read it
         found.setdefault(str(name), None)
@@ -132,18 +139,29 @@ def kernels_for(flat: Flat, scalars: Sequence[Any] = ()) -> Kernels:
 
 def _to_check(flat: Flat) -> Sequence[int]:
     """Which leaves must be looked at: where type and dtype say all, one of each kind is enough."""
-    if all(library(flat.values[i]) in _NAMES for i in flat.samples):
+    samples = (flat.values[i] for i in flat.samples)
+    if all(_kind(x) in _admitted or library(x) in _NAMES for x in samples):
         return flat.samples
     return range(len(flat.values))
 
 
 def _admit(flat: Flat, i: int) -> str:
     """The library of a leaf. Raises LeafError unless the leaf is a dense floating-point or complex array."""
-    name = library(flat.values[i])
-    what, repair = _objection(flat.values[i], name)
+    x = flat.values[i]
+    known = _admitted.get(_kind(x))
+    if known is not None:
+        return known
+    name = library(x)
+    what, repair = _objection(x, name)
     if what or name is None:
         raise LeafError(f"{flat.paths()[i]} is {what}: {repair}")
+    if name in _NAMES:
+        _admitted[_kind(x)] = name
     return name
+
+
+def _kind(x: Any) -> tuple[type, Any]:
+    return type(x), getattr(x, "dtype", None)
 
 
 def _objection(x: Any, name: str | None) -> tuple[str, str]:
@@ -188,6 +206,8 @@ def _is_sparse_tensor(x: Any) -> bool:
 
 def refuse_unwritable(flat: Flat, kernels: Kernels, verb: str) -> None:
     """Raise LeafError unless every leaf can be written in place. `verb`: the functional form's name."""
+    if kernels.all_writable(flat.values):
+        return
     for i, x in enumerate(flat.values):
         reason = kernels.unwritable(x)
         if reason and _owner(x) is kernels:  # among NumPy leaves beside JAX leaves, name one of JAX's

@@ -144,7 +144,9 @@ class Flat:
     @cached_property
     def samples(self) -> list[int]:
         """In order, the first leaf of every kind, a kind being a type and a dtype."""
-        kinds = [(type(x), getattr(x, "dtype", None)) for x in self.values]
+        kinds = [getattr(x, "dtype", None) for x in self.values]
+        if len(set(map(type, self.values))) > 1:
+            kinds = list(zip(map(type, self.values), kinds, strict=True))
         try:
             return sorted(kinds.index(kind) for kind in set(kinds))
         except TypeError:  # a dtype that is no array's
@@ -220,6 +222,9 @@ def flatten(tree: Tree, root: str = "grads") -> Flat:
             below = [outer for outer, _ in inside[1:]] + [x]
             keys = (_key_of(child, node) for child, (_, node) in zip(below, inside, strict=True))
             raise ValueError(f"{root}{''.join(keys)} contains itself: a gradient tree must be finite")
+        if _leaf_types.issuperset(map(type, node.children)):
+            values.extend(node.children)
+            return _Inner(node, [_LEAF] * len(node.children))
         inside.append((x, node))
         places = [visit(child) for child in node.children]
         inside.pop()

@@ -25,7 +25,9 @@ ROWS = (
     {"gradclip._numbers"},
     {"gradclip._norms"},
     {"gradclip._kernels"},  # a docstring and nothing else
+    {"gradclip._kernels.dtypes"},
     {"gradclip._kernels.generic"},
+    {"gradclip._kernels.blocks", "gradclip._kernels.scalars", "gradclip._kernels.threads"},  # NumPy's
     {"gradclip._kernels.numpy", "gradclip._kernels.cupy", "gradclip._kernels.jax"},
     {"gradclip._dispatch"},
     {"gradclip._arguments"},
@@ -39,15 +41,31 @@ GROUND = {"gradclip._types", "gradclip._errors"}
 
 MATHEMATICS = {"gradclip._numbers", "gradclip._norms"}
 
+KERNELS_FOR_ALL = {"gradclip._kernels.dtypes", "gradclip._kernels.generic"}
+
 #: Stricter than "only down".
 ONLY = {
     "gradclip._tree": GROUND,
     "gradclip._numbers": {"gradclip._types"},
     "gradclip._norms": {"gradclip._types", "gradclip._numbers"},
-    "gradclip._kernels.generic": {"gradclip._types", *MATHEMATICS},
-    "gradclip._kernels.numpy": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.generic"},
-    "gradclip._kernels.cupy": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.generic"},
-    "gradclip._kernels.jax": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.generic"},
+    "gradclip._kernels.dtypes": {"gradclip._types"},
+    "gradclip._kernels.generic": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.dtypes"},
+    "gradclip._kernels.blocks": {"gradclip._types", "gradclip._kernels.dtypes"},
+    "gradclip._kernels.scalars": set(),
+    "gradclip._kernels.threads": set(),
+    "gradclip._kernels.numpy": {
+        "gradclip._types",
+        *MATHEMATICS,
+        *KERNELS_FOR_ALL,
+        *(f"gradclip._kernels.{name}" for name in ("blocks", "scalars", "threads")),
+    },
+    "gradclip._kernels.cupy": {
+        "gradclip._types",
+        *MATHEMATICS,
+        "gradclip._kernels.dtypes",
+        "gradclip._kernels.generic",
+    },
+    "gradclip._kernels.jax": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.dtypes", "gradclip._kernels.generic"},
     "gradclip._arguments": {*GROUND, "gradclip._tree", "gradclip._dispatch"},
     "gradclip.distributed": GROUND,
 }
@@ -70,6 +88,8 @@ LIBRARIES = {
 #: tree looks up in sys.modules; NumPy's errstate, likewise; and the rooms whose subject it is.
 MAY_NAME = {
     "gradclip._dispatch": LIBRARIES,
+    "gradclip._kernels.blocks": {"numpy"},
+    "gradclip._kernels.scalars": {"numpy"},
     "gradclip._kernels.numpy": {"numpy", "ml_dtypes"},
     "gradclip._kernels.cupy": {"cupy"},
     "gradclip._kernels.jax": {"jax", "numpy"},
@@ -79,6 +99,8 @@ MAY_NAME = {
     "gradclip.__main__": LIBRARIES,
 }
 MAY_IMPORT_AT_ONCE = {
+    "gradclip._kernels.blocks": {"numpy"},
+    "gradclip._kernels.scalars": {"numpy"},
     "gradclip._kernels.numpy": {"numpy", "ml_dtypes"},
     "gradclip._kernels.cupy": {"cupy"},
     "gradclip._kernels.jax": {"jax", "jaxlib", "numpy"},
@@ -180,7 +202,7 @@ def f():
     import_module(name)
 """
     found = {name for node in ast.walk(ast.parse(code)) for name in imported(node, "gradclip._dispatch")}
-    kernels = {f"gradclip._kernels.{name}" for name in ("generic", "numpy", "cupy", "jax")}
+    kernels = {room for room in TREES if room.startswith("gradclip._kernels.")}
     assert found == {
         "gradclip",
         "gradclip._clip",

@@ -14,29 +14,12 @@ from typing import Any
 
 import array_api_compat
 
+from gradclip._kernels.dtypes import COMPONENT_BITS, dtype_name, dtype_names
 from gradclip._norms import Law, identity, join
 from gradclip._numbers import RANGES, Measured, Parts, host_split, moderate, quotient
 from gradclip._types import AllReduce, Array, Namespace
 
-#: Every dtype that can be clipped, and how many bits one of its real components has.
-COMPONENT_BITS = {
-    "float16": 16,
-    "bfloat16": 16,
-    "float32": 32,
-    "float64": 64,
-    "complex64": 32,
-    "complex128": 64,
-}
-
-
 _ROW = 128
-
-
-def dtype_name(x: Array) -> str:
-    """The dtype's plain name, `"float32"`, in any library and byte order."""
-    dtype = x.dtype
-    name = getattr(dtype, "name", None)
-    return name if isinstance(name, str) else str(dtype).rsplit(".", maxsplit=1)[-1]
 
 
 class Kernels:
@@ -52,6 +35,9 @@ class Kernels:
         if isinstance(leaf, int | float) or array_api_compat.array_namespace(leaf) is not self.xp:
             return self.xp.asarray(leaf)
         return leaf
+
+    def adopted(self, leaves: Sequence[Array]) -> Sequence[Array]:
+        return [self.adopt(x) for x in leaves]
 
     def device(self, leaf: Array) -> Any:
         """Where `leaf` lives: equal values can work together."""
@@ -129,6 +115,10 @@ class Kernels:
         """Whether the values are not there yet, so that the host cannot read them."""
         return False
 
+    def all_writable(self, leaves: Sequence[Array]) -> bool:
+        """Whether no leaf is `unwritable`, where that is known at a glance."""
+        return False
+
     def unwritable(self, leaf: Array) -> str:
         """Why a leaf cannot be written to; empty if it can."""
         if not array_api_compat.is_writeable_array(leaf):
@@ -140,7 +130,7 @@ class Kernels:
             return "has elements that share memory (a stride of 0)"
         return ""
 
-    def distinct(self, leaves: Sequence[Array]) -> list[Array]:
+    def distinct(self, leaves: Sequence[Array]) -> Sequence[Array]:
         """The leaves, each only once that is there several times."""
         return list({self.shares(x): x for x in leaves}.values())
 
@@ -160,13 +150,15 @@ class Kernels:
 
     def reported(self, leaves: Sequence[Array]) -> Any:
         """The dtype of the norm: float64 if any leaf has 64-bit components, else float32."""
-        wide = any(COMPONENT_BITS[dtype_name(x)] == 64 for x in leaves)
+        wide = any(COMPONENT_BITS[name] == 64 for name in dtype_names(leaves))
         return self.xp.float64 if wide else self.xp.float32
 
     def is_narrow(self, leaf: Array, acc: Any) -> bool:
         """Whether squares of the leaf's elements stay in the range of `acc`."""
-        bits = COMPONENT_BITS[dtype_name(leaf)]
-        return bits == 16 and dtype_name(leaf) == "float16" if acc == self.xp.float32 else bits < 64
+        return self._fits(dtype_name(leaf), acc)
+
+    def _fits(self, dtype: str, acc: Any) -> bool:
+        return dtype == "float16" if acc == self.xp.float32 else COMPONENT_BITS[dtype] < 64
 
     def devices(self, leaves: Sequence[Array]) -> list[Any]:
         """The devices of the leaves, in order of appearance; `[None]`, the default one, if there are none."""
@@ -194,31 +186,35 @@ class Kernels:
         return law.contribute(self.xp, self.parts(leaf, acc), total, narrow, seen)
 
     def partials(self, leaves: Sequence[Array], law: Law, acc: Any, seen: tuple[Array, ...]) -> list[Array]:
-        """What leaves on one device contribute to one pass: one partial or several."""
-        return [self.partial(leaf, law, acc, seen) for leaf in leaves]
+        """What leaves on one device contribute to one pass: any number of partials."""
+        return [self.partial(leaf, law, acc, seen) for leaf in leaves if 0 not in leaf.shape]
 
     def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> Measured:
         """The norm of all leaves as one vector, on the first leaf's device."""
+        joined = self.joined(leaves, law, acc, all_reduce)
+        # Other shards may be wide.
+        narrow = all_reduce is None and all(self._fits(name, acc) for name in dtype_names(leaves))
+        with self.on(self.devices(leaves)[0]):
+            return law.finish(self.xp, joined, narrow)
+
+    def joined(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> tuple[Array, ...]:
+        """The joined partial of each pass of a law, on the first leaf's device."""
         devices = self.devices(leaves)
         home = devices[0]
-        leaves = [x for x in leaves if 0 not in x.shape]
-        narrow = all_reduce is None and all(self.is_narrow(x, acc) for x in leaves)  # other shards may be wide
         seen: tuple[Array, ...] = ()
         for op, size in zip(law.ops, law.sizes, strict=True):
             partials = []
             for device in devices:
                 here = leaves if len(devices) == 1 else [x for x in leaves if self.device(x) == device]
-                if here:
-                    with self.on(device):
-                        known = tuple(self.move(x, device) for x in seen)
-                        partials += [self.move(p, home) for p in self.partials(here, law, acc, known)]
+                with self.on(device):
+                    known = tuple(self.move(x, device) for x in seen)
+                    partials += [self.move(p, home) for p in self.partials(here, law, acc, known)]
             with self.on(home):
                 if not partials:
                     partials = [self.xp.stack([self.full(identity(op), acc, home)] * size)]
                 joined = join(self.xp, op, partials, self.total)
                 seen += (joined if all_reduce is None else all_reduce(joined, op),)
-        with self.on(home):
-            return law.finish(self.xp, seen, narrow)
+        return seen
 
     # -- clipping ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import checkify
 
-from gradclip._kernels.generic import Kernels, dtype_name
+from gradclip._kernels.dtypes import dtype_name
+from gradclip._kernels.generic import Kernels
 from gradclip._norms import Law, TwoNorm, join
 from gradclip._numbers import Measured, Parts, range_of
 from gradclip._types import AllReduce, Array
@@ -86,6 +87,9 @@ class JaxKernels(Kernels):
         return "is a JAX array, and those are immutable"
 
     def partials(self, leaves: Sequence[Array], law: Law, acc: Any, seen: tuple[Array, ...]) -> list[Array]:
+        leaves = [x for x in leaves if x.size]
+        if not leaves:
+            return []
         merged, narrow = self._merged(leaves, acc), all(self.is_narrow(x, acc) for x in leaves)
 
         def contributions(merged: list[Parts]) -> list[Array]:

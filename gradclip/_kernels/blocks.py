@@ -1,0 +1,194 @@
+"""Sums of squares and products of NumPy blocks, at the speed of memory.
+
+A block is a 1-d array of one of the supported dtypes. Measured on 2 cores (AMD EPYC, AVX-512), one thread, 25 million
+elements, in ns an element: `np.dot` 0.14 (but off by 1e-4 at 1e8 elements), rows of 256 added up in float64 0.20,
+a cast to float64 and `np.dot` 0.9; float16: NumPy's casts 2.1 there and 4.3 back, the bit operations below 0.5 and 1.1.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from gradclip._kernels.dtypes import dtype_name
+from gradclip._types import Array
+
+#: Elements of a narrow dtype that are widened at once: the wide copy stays in cache.
+CHUNK = 1 << 16
+
+#: A sum of float64 squares in here has lost nothing that matters: no element overflowed, and what underflowed
+#: (below 2**-511 each) adds less than 2**-60 of it, for up to 2**48 elements.
+_SAFE = (2.0**-900, 2.0**1000)
+
+#: Underflow takes at most 2**-126 from a float32 square (where the processor flushes): less than 2**-26 of a sum of n
+#: of them that is at least n times this.
+_SAFE_EACH = 2.0**-100
+
+_scratch = threading.local()
+
+
+def squares(block: Array, wide: bool) -> float:
+    """The sum of |x|^2; NaN where a plain sum cannot say: an element is not finite, or squares leave the range.
+
+    `wide`: as exact as float64 can be, whatever the dtype of the block.
+    """
+    if block.dtype.kind == "c":
+        block = np.ascontiguousarray(block).view(block.real.dtype)
+    kind = dtype_name(block)
+    if wide and kind != "float64":
+        chunks = (block[start : start + CHUNK] for start in range(0, block.size, CHUNK))
+        total = sum(_dot_rows(chunk.astype(np.float64)) for chunk in chunks)
+        return total if total < math.inf else math.nan
+    if kind in _WIDEN:
+        widen, room = _WIDEN[kind], _buffer("wide", np.float32)
+        chunks = (block[start : start + CHUNK] for start in range(0, block.size, CHUNK))
+        total = sum(_dot_rows(widen(chunk, room)) for chunk in chunks)
+    else:
+        total = _dot_rows(block)
+    low, high = _SAFE if kind == "float64" else (block.size * _SAFE_EACH, sys.float_info.max)
+    safe = low <= total <= high
+    return total if safe or (total == 0 and not block.any()) else math.nan
+
+
+def _dot_rows(x: Array) -> float:
+    """The sum of squares of a 1-d float32 or float64 array: short rows in its dtype, their sums in float64.
+
+    Within 1e-7 (float32) of the exact norm for any number of elements.
+    """
+    row = _row(x.dtype.type)
+    if row == 0:
+        return float(np.sum(np.square(x, dtype=np.float64)))
+    rows = x[: x.size - x.size % row].reshape(-1, row)
+    rest = x[rows.size :]
+    return float(np.sum(np.vecdot(rows, rows), dtype=np.float64)) + float(np.dot(rest, rest))
+
+
+@lru_cache
+def _row(kind: type) -> int:
+    """The longest row whose dot product BLAS makes exact enough: it adds in some lanes, how many is its own affair.
+
+    Equal elements are the worst case: their errors do not cancel. 0: no row is good enough.
+    """
+    values = np.linspace(1, 2, 257, dtype=kind)[:, None]
+    unit = float(np.finfo(kind).eps)
+    for row in (512, 256, 128, 64):
+        x = np.broadcast_to(values, (257, row)).copy()
+        error = np.vecdot(x, x).astype(np.float64) / (np.square(values[:, 0].astype(np.longdouble)) * row) - 1
+        if np.max(np.abs(error)) / 2 < 0.8 * unit:
+            return row
+    return 0
+
+
+def multiplied(block: Array, factor: np.float64, out: Array) -> None:
+    """`out = block * factor`, for a factor that is a normal float32 number.
+
+    The product is formed in float32 up to 32 bits, else in float64, with the factor rounded to that.
+    """
+    if block.dtype.kind == "c":
+        block, out = block.view(block.real.dtype), out.view(out.real.dtype)
+    kind = dtype_name(block)
+    if kind == "float64":
+        np.multiply(block, factor, out=out)
+    elif kind == "float32":
+        np.multiply(block, np.float32(factor), out=out)
+    elif kind == "float16" and factor > 1:  # may overflow, which the bit operations do not see
+        np.multiply(block, factor, out=out, dtype=np.float64, casting="same_kind")
+    else:
+        widen, narrow, wide = _WIDEN[kind], _NARROW[kind], _buffer("wide", np.float32)
+        for start in range(0, block.size, CHUNK):
+            piece = block[start : start + CHUNK]
+            x = widen(piece, wide)
+            np.multiply(x, np.float32(factor), out=x)
+            narrow(x, piece, out[start : start + CHUNK])
+
+
+def _buffer(name: str, kind: type) -> Array:
+    """This thread's own memory for one chunk."""
+    buffer = getattr(_scratch, name, None)
+    if buffer is None:
+        buffer = np.empty(CHUNK, kind)
+        setattr(_scratch, name, buffer)
+    return buffer
+
+
+# --- 16-bit numbers as float32 and back ---------------------------------------------------------------------------
+
+
+def _from_bfloat16(block: Array, wide: Array) -> Array:
+    x = wide[: block.size]
+    np.copyto(x, block)
+    return x
+
+
+def _to_bfloat16(x: Array, like: Array, out: Array) -> None:
+    np.copyto(out, x, casting="unsafe")
+
+
+#: The smallest normal float16, 2**-14, and the first power of two beyond its range.
+_FIRST, _BEYOND = np.float32(2.0**-14), np.float32(2.0**16)
+
+
+def _from_float16(block: Array, wide: Array) -> Array:
+    """|x| as float32; inf where x is inf or NaN. The exponent is shifted by bits, which subnormals need taken back."""
+    bits = _buffer("bits16", np.uint16)[: block.size]
+    x = wide[: block.size]
+    u = x.view(np.uint32)
+    np.left_shift(block.view(np.uint16), 1, out=bits)  # the sign falls off
+    np.copyto(u, bits)
+    np.left_shift(u, 12, out=u)
+    np.add(u, np.uint32(112 << 23), out=u)
+    below = _buffer("other", np.float32)[: block.size]
+    np.subtract(x, _FIRST, out=below)
+    np.minimum(below, np.float32(0), out=below)
+    np.add(x, below, out=x)  # a subnormal m * 2**-24 came as 2**-15 * (1 + m / 1024)
+    if x.size and x.max() >= _BEYOND:
+        x[x >= _BEYOND] = math.inf
+    return x
+
+
+def _to_float16(x: Array, like: Array, out: Array) -> None:
+    """Round x >= 0 to float16, to nearest, ties to even; with the signs of `like`.
+
+    Adding 2**(e + 13) to a number of exponent e makes float32 round it where float16 does; the bits of the sum, less
+    those of 2**(e + 13), count units in the last place of float16.
+    """
+    magic = _buffer("other", np.float32)[: x.size]
+    m, u = magic.view(np.uint32), x.view(np.uint32)
+    np.maximum(x, _FIRST, out=magic)
+    np.bitwise_and(m, np.uint32(0x7F800000), out=m)
+    np.add(m, np.uint32(13 << 23), out=m)
+    np.add(x, magic, out=x)
+    np.subtract(u, m, out=u)
+    np.right_shift(m, 13, out=m)
+    np.add(u, m, out=u)
+    np.subtract(u, np.uint32((113 + 13) << 10), out=u)
+    sign = _buffer("bits16", np.uint16)[: x.size]
+    np.bitwise_and(like.view(np.uint16), np.uint16(0x8000), out=sign)
+    np.bitwise_or(u, sign, out=u)
+    np.copyto(out.view(np.uint16), u, casting="unsafe")
+
+
+_WIDEN: dict[str, Callable[[Array, Array], Array]] = {"float16": _from_float16, "bfloat16": _from_bfloat16}
+_NARROW: dict[str, Callable[[Array, Array, Array], None]] = {"float16": _to_float16, "bfloat16": _to_bfloat16}
+
+
+def blocks(leaf: Array, size: int) -> Iterator[Array]:
+    """The elements of a leaf as 1-d arrays of about `size`: views where its memory allows, else copies."""
+    if leaf.size <= size:
+        yield leaf.reshape(-1)
+    elif leaf.flags.forc:
+        flat = leaf.reshape(-1, order="A")
+        for start in range(0, leaf.size, size):
+            yield flat[start : start + size]
+    elif leaf[0].size >= size:
+        for row in leaf:
+            yield from blocks(row, size)
+    else:
+        rows = max(1, size // max(1, leaf[0].size))
+        for start in range(0, leaf.shape[0], rows):
+            yield leaf[start : start + rows].reshape(-1)

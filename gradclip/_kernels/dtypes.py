@@ -1,0 +1,35 @@
+"""The dtypes that can be clipped, by the names that they have in every library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from gradclip._types import Array
+
+#: Every dtype that can be clipped, and how many bits one of its real components has.
+COMPONENT_BITS = {
+    "float16": 16,
+    "bfloat16": 16,
+    "float32": 32,
+    "float64": 64,
+    "complex64": 32,
+    "complex128": 64,
+}
+
+
+def dtype_name(x: Array) -> str:
+    """The dtype's plain name, `"float32"`, in any library and byte order."""
+    return _plain_name(x.dtype)
+
+
+def dtype_names(leaves: Sequence[Array]) -> set[str]:
+    """The names of the dtypes among the leaves."""
+    return {_plain_name(dtype) for dtype in {x.dtype for x in leaves}}
+
+
+@lru_cache(256, typed=True)  # typed: dtypes of two libraries may be equal, or warn when they are compared
+def _plain_name(dtype: Any) -> str:
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rsplit(".", maxsplit=1)[-1]

@@ -1,0 +1,109 @@
+"""A few threads for work that waits for memory: NumPy's loops release the interpreter, so two of them run at once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import lru_cache
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: More threads than this are taken only if asked for: a few cores use up what memory gives.
+_ENOUGH = 8
+
+_asked: int | None = None
+_pool: ThreadPoolExecutor | None = None
+
+
+def set_num_threads(limit: int | None) -> None:
+    """Let NumPy gradients be clipped by at most `limit` threads of this process; None: the default again.
+
+    Parameters
+    ----------
+    limit : int or None
+        At least 1, which means no threads but the caller's own. The default is the environment variable
+        ``GRADCLIP_NUM_THREADS``, or else the number of cores that this process may run on, at most 8.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `limit` is less than 1, or no int.
+
+    Notes
+    -----
+    The result does not depend on the number of threads, not in one bit. Trees of less than about 4 MB are
+    clipped by the caller alone. JAX, CuPy and torch have thread pools of their own.
+
+    Examples
+    --------
+    >>> set_num_threads(1)
+    >>> set_num_threads(None)
+    """
+    global _asked
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+        raise TypeError(f"limit must be an int or None, got {limit!r} of type {type(limit).__name__}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit!r}")
+    _asked = limit
+    _forget()
+
+
+def num_threads() -> int:
+    """How many threads may work at once, the caller's among them."""
+    return _asked or _default()
+
+
+@lru_cache(1)
+def _default() -> int:
+    told = os.environ.get("GRADCLIP_NUM_THREADS", "").strip()
+    if told:
+        if not told.isdecimal() or int(told) < 1:
+            raise ValueError(f"the environment variable GRADCLIP_NUM_THREADS must be a number >= 1, got {told!r}")
+        return int(told)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _ENOUGH)
+
+
+def _forget() -> None:
+    """Start a new pool when one is needed: after a fork, the child has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def each(f: Callable[[T], R], jobs: Sequence[T], threads: int) -> list[R]:
+    """`[f(job) for job in jobs]`, by so many threads. The caller works, too."""
+    global _pool
+    threads = min(threads, len(jobs))
+    if threads <= 1:
+        return [f(job) for job in jobs]
+    pool = _pool
+    if pool is None:
+        pool = _pool = ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="gradclip")
+    todo = deque(enumerate(jobs))
+    out: list[R | None] = [None] * len(jobs)
+
+    def work() -> None:
+        while True:
+            try:
+                i, job = todo.popleft()
+            except IndexError:
+                return
+            out[i] = f(job)
+
+    try:  # with the caller's context: NumPy keeps its error state there
+        others = [pool.submit(copy_context().run, work) for _ in range(threads - 1)]
+    except RuntimeError:  # the interpreter is shutting down
+        others = []
+    work()
+    for other in others:
+        other.result()
+    return out  # type: ignore[return-value]
