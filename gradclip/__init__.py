@@ -10,6 +10,7 @@
 from gradclip._clip import clip_grad_norm, clip_grad_norm_, global_norm
 from gradclip._clip_value import clip_grad_value, clip_grad_value_
 from gradclip._errors import LeafError, NonFiniteError
+from gradclip._kernels.threads import set_num_threads
 from gradclip._types import Clipped
 
 __version__ = "0.1.0"
@@ -23,4 +24,5 @@ __all__ = [
     "clip_grad_value",
     "clip_grad_value_",
     "global_norm",
+    "set_num_threads",
 ]

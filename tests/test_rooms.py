@@ -288,6 +288,7 @@ NAMES = {
     "Clipped",
     "LeafError",
     "NonFiniteError",
+    "set_num_threads",
 }
 VERBS = sorted(name for name in NAMES if name.islower())
 

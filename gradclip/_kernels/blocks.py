@@ -85,10 +85,16 @@ def _row(kind: type) -> int:
 
 
 def multiplied(block: Array, factor: np.float64, out: Array) -> None:
-    """`out = block * factor`, for a factor that is a normal float32 number.
+    """`out = block * factor`, for a factor that is a normal float32 number, and blocks of any shape and layout.
 
     The product is formed in float32 up to 32 bits, else in float64, with the factor rounded to that.
     """
+    if not (block.flags.forc and out.strides == block.strides and block.dtype.isnative):
+        flat = np.array(block, block.dtype.newbyteorder("="), order="C")
+        multiplied(flat, factor, flat)
+        out[...] = flat
+        return
+    block, out = block.reshape(-1, order="A"), out.reshape(-1, order="A")
     if block.dtype.kind == "c":
         block, out = block.view(block.real.dtype), out.view(out.real.dtype)
     kind = dtype_name(block)
@@ -178,9 +184,9 @@ _NARROW: dict[str, Callable[[Array, Array, Array], None]] = {"float16": _to_floa
 
 
 def blocks(leaf: Array, size: int) -> Iterator[Array]:
-    """The elements of a leaf as 1-d arrays of about `size`: views where its memory allows, else copies."""
+    """The elements of a leaf in arrays of about `size`, 1-d where its memory allows. Views, all of them."""
     if leaf.size <= size:
-        yield leaf.reshape(-1)
+        yield leaf
     elif leaf.flags.forc:
         flat = leaf.reshape(-1, order="A")
         for start in range(0, leaf.size, size):
@@ -191,4 +197,20 @@ def blocks(leaf: Array, size: int) -> Iterator[Array]:
     else:
         rows = max(1, size // max(1, leaf[0].size))
         for start in range(0, leaf.shape[0], rows):
-            yield leaf[start : start + rows].reshape(-1)
+            yield leaf[start : start + rows]
+
+
+def pairs(leaf: Array, out: Array, size: int) -> Iterator[tuple[Array, Array]]:
+    """The same elements of two arrays of one shape, in `blocks`."""
+    if leaf.size <= size:
+        yield leaf, out
+    elif leaf.flags.forc and leaf.strides == out.strides:
+        yield from zip(blocks(leaf, size), blocks(out, size), strict=True)
+    else:
+        rows = max(1, size // max(1, leaf[0].size))
+        for start in range(0, leaf.shape[0], rows):
+            both = leaf[start : start + rows], out[start : start + rows]
+            if rows > 1 or leaf[0].size <= size:
+                yield both
+            else:
+                yield from pairs(both[0][0], both[1][0], size)

@@ -16,7 +16,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from gradclip._kernels import scalars
-from gradclip._kernels.blocks import CHUNK, blocks, multiplied, squares
+from gradclip._kernels.blocks import CHUNK, blocks, multiplied, pairs, squares
 from gradclip._kernels.dtypes import COMPONENT_BITS, dtype_name
 from gradclip._kernels.generic import Kernels
 from gradclip._kernels.threads import each, num_threads
@@ -130,15 +130,10 @@ class NumpyKernels(Kernels):
         for leaf, out in zip(leaves, outs, strict=True):
             if leaf.size <= _BLOCK and leaf.dtype in plain:
                 np.multiply(leaf, plain[leaf.dtype], out)
-            elif (
-                leaf.flags.forc
-                and leaf.dtype.isnative
-                and isinstance(leaf, np.ndarray)
-                and not (wide and COMPONENT_BITS[dtype_name(leaf)] < 64)
-            ):
-                jobs += zip(blocks(leaf, _BLOCK), blocks(out, _BLOCK), strict=True)
-            else:
+            elif isinstance(leaf, np.generic) or (wide and COMPONENT_BITS[dtype_name(leaf)] < 64):
                 _multiplied_wide(leaf, out, [factor])
+            else:
+                jobs += pairs(leaf, out, _BLOCK)
         each(lambda job: multiplied(job[0], factor, job[1]), jobs, _threads(leaves))
 
     def clamped(self, leaf: Array, low: Any, high: Any) -> Array:

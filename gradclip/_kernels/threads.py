@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -17,11 +16,11 @@ R = TypeVar("R")
 _ENOUGH = 8
 
 _asked: int | None = None
-_pool: ThreadPoolExecutor | None = None
+_pool: Any = None
 
 
 def set_num_threads(limit: int | None) -> None:
-    """Let NumPy gradients be clipped by at most `limit` threads of this process; None: the default again.
+    """Let at most `limit` threads work on NumPy gradients at once; None: the default again.
 
     Parameters
     ----------
@@ -87,6 +86,8 @@ def each(f: Callable[[T], R], jobs: Sequence[T], threads: int) -> list[R]:
         return [f(job) for job in jobs]
     pool = _pool
     if pool is None:
+        from concurrent.futures import ThreadPoolExecutor  # 10 ms, which `import gradclip` need not take
+
         pool = _pool = ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="gradclip")
     todo = deque(enumerate(jobs))
     out: list[R | None] = [None] * len(jobs)
