@@ -55,7 +55,7 @@ def main(given: list[str] | None = None) -> int:
     from benchmarks.timing import Effort
 
     trees = tuple(asked.trees or (tree for tree in TREES if not (asked.short and tree == "gpt2")))
-    effort = Effort(0.8, 5, 51) if asked.short else Effort()
+    effort = Effort(0.8, 3, 51) if asked.short else Effort()
     settings = Settings(asked.short, asked.threads, trees, effort)
     begun, sections = time.perf_counter(), []
     for name in asked.only or SECTIONS:

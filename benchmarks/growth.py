@@ -75,8 +75,8 @@ def curve(against: str, trees: Mapping[int, Shapes], contest: Contest, effort: E
 def sizes(settings: Settings, section: Section) -> tuple[list[int], list[int]]:
     elements, leaves = list(ELEMENTS), list(LEAVES)
     if settings.short:
-        elements, leaves = [n for n in elements if n <= 10_000_000], leaves[::2]
-        section.not_run.append("growth beyond 1e7 elements: not in short mode")
+        elements, leaves = [n for n in elements if n <= 10_000_000], leaves[:7:2]
+        section.not_run.append("growth beyond 1e7 elements or 1,000 leaves: not in short mode")
     # The tree, its kept copy, and the room that clips in JAX need for their outputs.
     fits = [n for n in elements if 4 * 4 * n < available_memory()]
     if fits != elements:
@@ -87,7 +87,7 @@ def sizes(settings: Settings, section: Section) -> tuple[list[int], list[int]]:
 def run(settings: Settings) -> Section:
     section = Section("growth")
     elements, leaves = sizes(settings, section)
-    effort = Effort(settings.effort.seconds / 4, 5, 51)
+    effort = Effort(settings.effort.seconds / 4, settings.effort.least_rounds, 51)
     one_leaf = {n: {"leaf": (n,)} for n in elements}
     many = {n: {f"leaf{i}": (LEAF,) for i in range(n)} for n in leaves}
     section.lines += curve("elements", one_leaf, numpy_contest, effort)

@@ -46,7 +46,7 @@ def table_text(table: Table) -> str:
 
 def value_text(finding: Finding) -> str:
     unit, value = finding.target.unit, finding.value
-    text = f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    text = f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
     if finding.low is not None and finding.high is not None and finding.low != finding.high:
         text += f" ({finding.low:.2f} to {finding.high:.2f})"
     return f"{text} {unit}".strip()

@@ -91,7 +91,7 @@ def calibrated(
         prepare()
         took = stopwatch(call, repeats)
         if took >= least:
-            return repeats, took
+            return repeats
         # Ten times at most: the first calls may have been slow for reasons that do not return.
         repeats = min(10 * repeats, max(repeats + 1, math.ceil(1.2 * repeats * least / max(took, 1e-9))))
 
@@ -104,25 +104,28 @@ def compete(
     prepare: Callable[[str], object] = lambda name: None,
     stopwatch: Stopwatch | None = None,
     least: float = 1e-3,
+    cold: bool = False,
     seed: int = 0,
 ) -> Timings:
     """Time the contenders against each other.
 
     `prepare`, given the contender's name, runs before each of its samples, off the clock: it puts back what the last
-    contender has written in place. Calls shorter than `least` seconds are timed several in a row; `least=0` times single calls. The garbage collector is off.
+    contender has written in place. Calls shorter than `least` seconds are timed several in a row, after a warm-up;
+    `cold` times single calls without one, in the least number of rounds. The garbage collector is off.
     """
     stopwatch = stopwatch or host_stopwatch()
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        begun = time.perf_counter()
-        repeats = {
-            name: calibrated(call, stopwatch, partial(prepare, name), least)[0] for name, call in contenders.items()
-        }
-        # Calibration took about as long as two rounds: each call warmed up, and timed at least once.
-        a_round = max((time.perf_counter() - begun) / 2, 1e-9)
-        rounds = max(effort.least_rounds, min(effort.most_rounds, int(effort.seconds / a_round)))
+        repeats, rounds = dict.fromkeys(contenders, 1), effort.least_rounds
+        if not cold:
+            begun = time.perf_counter()
+            for name, call in contenders.items():
+                repeats[name] = calibrated(call, stopwatch, partial(prepare, name), least)
+            # That took about as long as two rounds: each call was warmed up, and timed at least once.
+            a_round = max((time.perf_counter() - begun) / 2, 1e-9)
+            rounds = max(rounds, min(effort.most_rounds, int(effort.seconds / a_round)))
         timings = Timings({name: [] for name in contenders})
         order, shuffled = list(contenders), random.Random(seed)
         for _ in steps(range(rounds), title):

@@ -5,7 +5,8 @@ writes them to memory: it multiplies each gradient by the factor where the momen
 
 *Clipped gradients written out*: arrays as large as a leaf that an instruction of the entry computation writes, that
 depend on the bound (so they are a scaled gradient, or follow from one), and that the program does not return (so they
-are no parameter and no moment). An instruction inside a fusion writes nothing; one in the entry computation does.
+are no parameter and no moment). Such arrays that do not depend on the bound are listed too: what was written for the
+norm. An instruction inside a fusion writes nothing; one in the entry computation does.
 
 *Reductions*: `reduce` and `reduce-window` instructions, in any computation, whose operand is as large as a leaf. XLA's
 CPU compiler splits a long reduction into two, the second over few numbers, which is not counted.
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -96,8 +97,15 @@ def reductions(hlo: str, least: int) -> int:
     return count
 
 
-def written_out(hlo: str, bound: str, leaf_sizes: set[int]) -> list[str]:
-    """The entry instructions that write a leaf-sized array which depends on the bound and is not returned."""
+class Written(NamedTuple):
+    """Leaf-sized arrays that a program writes and does not return: those that depend on the bound, and the others."""
+
+    clipped: list[str]
+    other: list[str]
+
+
+def written_out(hlo: str, bound: str, leaf_sizes: set[int]) -> Written:
+    """The outputs of entry instructions, by name and index; `bound` is the name of a parameter of the step."""
     entry = computations(hlo)["ENTRY"]
     by_name = {instruction.name: instruction for instruction in entry}
     returned: set[tuple[str, int]] = set()
@@ -121,16 +129,17 @@ def written_out(hlo: str, bound: str, leaf_sizes: set[int]) -> list[str]:
         returned |= {(root.name, i) for i in range(len(root.sizes))}
 
     depends: set[str] = set()
-    found = []
+    written = Written([], [])
     for instruction in entry:
         is_bound = instruction.operation == "parameter" and f'op_name="{bound}"' in instruction.text
         if is_bound or depends.intersection(instruction.operands):
             depends.add(instruction.name)
-            if instruction.operation not in _WRITES_NOTHING:
-                for i, size in enumerate(instruction.sizes):
-                    if size in leaf_sizes and (instruction.name, i) not in returned:
-                        found.append(f"{instruction.name}[{i}]")
-    return found
+        if instruction.operation in _WRITES_NOTHING:
+            continue
+        for i, size in enumerate(instruction.sizes):
+            if size in leaf_sizes and (instruction.name, i) not in returned:
+                (written.clipped if instruction.name in depends else written.other).append(f"{instruction.name}[{i}]")
+    return written
 
 
 def compiled_step(clip: Callable[..., Any] | None, shapes: Mapping[str, tuple[int, ...]], device: Any) -> str:
@@ -169,7 +178,7 @@ def evidence(clip: Callable[..., Any] | None, shapes: Shapes, device: Any) -> di
     return {
         "reductions": reductions(hlo, min(sizes)),
         "leaves": len(shapes),
-        "written out": written_out(hlo, "max_norm", sizes),
+        **written_out(hlo, "max_norm", sizes)._asdict(),
         "conditionals": len(re.findall(r" conditional\(", hlo)),
     }
 
@@ -185,10 +194,10 @@ def run(settings: Settings) -> Section:
         section.evidence[f"optax, compiled {place}"] = evidence(optax_clip, shapes, device)
         section.evidence[f"no clip, compiled {place}"] = evidence(None, shapes, device)
     for case, found in section.evidence.items():
-        written, count = len(found["written out"]), found["reductions"]
+        written, other, count = len(found["clipped"]), len(found["other"]), found["reductions"]
         section.notes.append(
             f"{case}: {count} reductions for {found['leaves']} leaves, {written} clipped gradients written out, "
-            f"{found['conditionals']} conditionals"
+            f"{other} other arrays of a leaf's size, {found['conditionals']} conditionals"
         )
         if case.startswith("gradclip"):
             tree = f"{name} ({case.removeprefix('gradclip, ')})"
