@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 import time
@@ -49,7 +48,7 @@ def main(given: list[str] | None = None) -> int:
     os.environ.update(pinned(asked.threads))  # before NumPy is there
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-    from benchmarks import machine, report
+    from benchmarks import machine, progress, report
     from benchmarks.results import Section
     from benchmarks.settings import Settings
     from benchmarks.timing import Effort
@@ -63,25 +62,28 @@ def main(given: list[str] | None = None) -> int:
         try:
             module = importlib.import_module(f"benchmarks.{SECTIONS[name]}")
             sections.append(module.run(settings))
-        except ModuleNotFoundError as error:
+        except ImportError as error:
+            if (error.name or "").split(".")[0] in ("benchmarks", "gradclip"):
+                raise
             sections.append(Section(name, not_run=[f"{name}: {error}"]))
     last = Section("files")
     if asked.short and not asked.trees:
         last.not_run.append("GPT-2: not in short mode")
-    for package in ("tqdm", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            last.not_run.append(f"{'progress bars' if package == 'tqdm' else 'the chart'}: {package} is not installed")
+    if progress.tqdm is None:
+        last.not_run.append("progress bars: tqdm is not installed")
 
     described = machine.described(asked.threads)
     data = report.as_data(described, {**asdict(settings), "seconds": time.perf_counter() - begun}, sections)
     asked.out.mkdir(parents=True, exist_ok=True)
     report.write(data, asked.out / "results.json")
     written = ["results.json"]
-    if importlib.util.find_spec("matplotlib") is not None:
+    try:
         from benchmarks import chart
 
         if chart.draw(data, asked.out / "chart.png"):
             written.append("chart.png")
+    except ImportError as error:
+        last.not_run.append(f"the chart: {error}")
     print(report.full_text(described, [*sections, last]))
     print(f"\n{time.perf_counter() - begun:.0f} s; written to {asked.out}: {', '.join(written)}")
     return 0

@@ -85,7 +85,7 @@ def jax_panel(axes: Axes, section: dict[str, Any]) -> None:
     ]
     bars(axes, groups, series)
     axes.set_title("JAX: gradclip beside optax")
-    axes.set_xlabel("gradclip / (optax.clip_by_global_norm + optax.global_norm)")
+    axes.set_xlabel("gradclip / (optax.clip_by_global_norm + optax.tree.norm)")
 
 
 def growth_panel(axes: Axes, lines: Sequence[dict[str, Any]], against: str) -> None:

@@ -36,7 +36,7 @@ def our_clip(grads: Tree, max_norm: Any) -> tuple[Tree, jax.Array]:
 
 def optax_clip(grads: Tree, max_norm: Any) -> tuple[Tree, jax.Array]:
     clipped, _ = optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())
-    return clipped, optax.global_norm(grads)
+    return clipped, optax.tree.norm(grads)
 
 
 def fresh(clip: Clip, **options: Any) -> Any:

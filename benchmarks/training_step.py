@@ -4,9 +4,9 @@ A training step needs the clipped gradients only inside the optimiser's update, 
 writes them to memory: it multiplies each gradient by the factor where the moments are formed. Two things are counted.
 
 *Clipped gradients written out*: arrays as large as a leaf that an instruction of the entry computation writes, that
-depend on the bound (so they are a scaled gradient, or follow from one), and that the program does not return (so they
-are no parameter and no moment). Such arrays that do not depend on the bound are listed too: what was written for the
-norm. An instruction inside a fusion writes nothing; one in the entry computation does.
+depend on the norm or on the bound (so they are a scaled gradient, or follow from one), and that the program does not
+return (so they are no parameter and no moment). An instruction inside a fusion writes nothing; one in the entry
+computation does. Such arrays that depend on neither are listed apart: they were written on the way to the norm.
 
 *Reductions*: `reduce` and `reduce-window` instructions, in any computation, whose operand is as large as a leaf. XLA's
 CPU compiler splits a long reduction into two, the second over few numbers, which is not counted.
@@ -98,14 +98,14 @@ def reductions(hlo: str, least: int) -> int:
 
 
 class Written(NamedTuple):
-    """Leaf-sized arrays that a program writes and does not return: those that depend on the bound, and the others."""
+    """Leaf-sized arrays that a program writes and does not return: those scaled by norm or bound, and the others."""
 
     clipped: list[str]
     other: list[str]
 
 
-def written_out(hlo: str, bound: str, leaf_sizes: set[int]) -> Written:
-    """The outputs of entry instructions, by name and index; `bound` is the name of a parameter of the step."""
+def written_out(hlo: str, leaf_sizes: set[int]) -> Written:
+    """Outputs of entry instructions, by name and index. The step's parameters are called `grads` and `max_norm`."""
     entry = computations(hlo)["ENTRY"]
     by_name = {instruction.name: instruction for instruction in entry}
     returned: set[tuple[str, int]] = set()
@@ -128,17 +128,23 @@ def written_out(hlo: str, bound: str, leaf_sizes: set[int]) -> Written:
     else:
         returned |= {(root.name, i) for i in range(len(root.sizes))}
 
-    depends: set[str] = set()
+    from_grads: set[str] = set()
+    scaled: set[str] = set()  # by the norm or the bound
     written = Written([], [])
     for instruction in entry:
-        is_bound = instruction.operation == "parameter" and f'op_name="{bound}"' in instruction.text
-        if is_bound or depends.intersection(instruction.operands):
-            depends.add(instruction.name)
+        operands, named = set(instruction.operands), re.search(r'op_name="(\w+)', instruction.text)
+        parameter = named[1] if named and instruction.operation == "parameter" else ""
+        if parameter == "grads" or operands & from_grads:
+            from_grads.add(instruction.name)
+        # A few numbers made from the gradients are their norm, or on the way to it.
+        is_norm = instruction.name in from_grads and max(instruction.sizes, default=0) < min(leaf_sizes)
+        if parameter == "max_norm" or is_norm or operands & scaled:
+            scaled.add(instruction.name)
         if instruction.operation in _WRITES_NOTHING:
             continue
         for i, size in enumerate(instruction.sizes):
             if size in leaf_sizes and (instruction.name, i) not in returned:
-                (written.clipped if instruction.name in depends else written.other).append(f"{instruction.name}[{i}]")
+                (written.clipped if instruction.name in scaled else written.other).append(f"{instruction.name}[{i}]")
     return written
 
 
@@ -178,7 +184,7 @@ def evidence(clip: Callable[..., Any] | None, shapes: Shapes, device: Any) -> di
     return {
         "reductions": reductions(hlo, min(sizes)),
         "leaves": len(shapes),
-        **written_out(hlo, "max_norm", sizes)._asdict(),
+        **written_out(hlo, sizes)._asdict(),
         "conditionals": len(re.findall(r" conditional\(", hlo)),
     }
 
