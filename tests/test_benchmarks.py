@@ -18,8 +18,10 @@ import pytest
 pytest.importorskip("benchmarks.trees", reason="benchmarks/ is not beside these tests")
 
 import gradclip
+from backends import MISSING
 from benchmarks import accuracy, growth, memory, on_numpy, pinning, report
 from benchmarks.results import Finding, Section, Table
+from benchmarks.settings import Settings
 from benchmarks.targets import TARGETS
 from benchmarks.timing import Effort, Spread, Timings, calibrated, compete, host_stopwatch
 from benchmarks.trees import GPT2_BLOCK, MODELS, Model, gradients
@@ -369,6 +371,25 @@ def test_chart(tmp_path):
     assert chart.draw({**data, "sections": {"jax": data["sections"]["jax"]}}, tmp_path / "one.png")
     assert not chart.draw({**data, "sections": {}}, tmp_path / "none.png")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["all.png", "one.png"]
+
+
+# -- CuPy ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.library("cupy")
+def test_the_contest_on_a_gpu(monkeypatch):
+    """That it runs, on whatever device there is; a fake one's times mean nothing."""
+    needs("cupy")
+    if "cupy" in MISSING:
+        pytest.skip(f"backend cupy: {MISSING['cupy']}")
+    from benchmarks import on_gpu
+
+    monkeypatch.setitem(MODELS, "tiny", Model("tiny", TINY, 2, 620))
+    section = on_gpu.run(Settings(trees=("tiny",), effort=Effort(0, 1, 1)))
+    assert [table.dtype for table in section.tables] == ["float32", "float16"]
+    assert all(table.rows[0].name == on_gpu.COPY for table in section.tables)
+    assert len(section.findings) == 8
+    assert len(section.notes) == 2
 
 
 # -- JAX -----------------------------------------------------------------------------------------------------
