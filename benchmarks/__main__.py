@@ -69,7 +69,7 @@ def main(given: list[str] | None = None) -> int:
     last = Section("files")
     if asked.short and not asked.trees:
         last.not_run.append("GPT-2: not in short mode")
-    if progress.tqdm is None:
+    if not progress.SHOWN:
         last.not_run.append("progress bars: tqdm is not installed")
 
     described = machine.described(asked.threads)

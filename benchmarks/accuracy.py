@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,16 +11,17 @@ import gradclip
 from benchmarks.machine import available_memory
 from benchmarks.results import Section
 from benchmarks.settings import Settings
+from benchmarks.trees import Array
 
 CHUNK = 1 << 16
 
 
-def exact_norm(x: np.ndarray) -> float:
+def exact_norm(x: Array) -> float:
     """The root of the sum of squares, which are exact in float64; chunks are summed pairwise, their sums exactly.
 
     Pairwise sums of 65,536 numbers are off by 17 units of rounding at the worst, 2e-15.
     """
-    chunks = (x[i : i + CHUNK].astype(np.float64) for i in range(0, x.size, CHUNK))
+    chunks: Iterator[Array] = (x[i : i + CHUNK].astype(np.float64) for i in range(0, x.size, CHUNK))
     return math.sqrt(math.fsum(float(np.sum(chunk * chunk)) for chunk in chunks))
 
 

@@ -35,7 +35,7 @@ def bars(axes: Axes, groups: Sequence[str], series: Sequence[tuple[str, str, Seq
     height = 0.8 / max(1, len(series))
     labelled: set[str] = set()
     for row in range(len(groups)):
-        here = [(label, colour, values[row]) for label, colour, values in series if values[row] is not None]
+        here = [(label, colour, value) for label, colour, values in series if (value := values[row]) is not None]
         for i, (label, colour, value) in enumerate(here):
             y = row + (i - (len(here) - 1) / 2) * height
             axes.barh(y, value, height * 0.92, color=colour, label=None if label in labelled else label, zorder=2)

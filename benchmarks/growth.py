@@ -88,8 +88,8 @@ def run(settings: Settings) -> Section:
     section = Section("growth")
     elements, leaves = sizes(settings, section)
     effort = Effort(settings.effort.seconds / 4, settings.effort.least_rounds, 51)
-    one_leaf = {n: {"leaf": (n,)} for n in elements}
-    many = {n: {f"leaf{i}": (LEAF,) for i in range(n)} for n in leaves}
+    one_leaf: dict[int, Shapes] = {n: {"leaf": (n,)} for n in elements}
+    many: dict[int, Shapes] = {n: {f"leaf{i}": (LEAF,) for i in range(n)} for n in leaves}
     section.lines += curve("elements", one_leaf, numpy_contest, effort)
     section.lines += curve("leaves", many, numpy_contest, effort)
     try:

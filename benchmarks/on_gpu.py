@@ -7,6 +7,7 @@ what the device did and what it waited for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,7 @@ class DeviceGradients:
     def __init__(self, cupy: Any, model: Model, dtype: str) -> None:
         self.tree = {name: cupy.asarray(leaf) for name, leaf in gradients(model.shapes, dtype).items()}
         self._kept = {name: leaf.copy() for name, leaf in self.tree.items()}
-        self.norm = model.parameters**0.5
+        self.norm = math.sqrt(model.parameters)
         self.bytes = sum(leaf.nbytes for leaf in self.tree.values())
         self.restore()
 
@@ -77,7 +78,7 @@ def torch_peer(g: DeviceGradients) -> Callable[[], object]:
         raise ImportError("this torch sees no GPU")
     params = []
     for leaf in g.tree.values():
-        params.append(torch.nn.Parameter(torch.from_dlpack(leaf)))
+        params.append(torch.nn.Parameter(torch.utils.dlpack.from_dlpack(leaf)))
         params[-1].grad = params[-1].detach()
     return lambda: torch.nn.utils.clip_grad_norm_(params, g.bound())
 

@@ -6,6 +6,7 @@ every platform that JAX has here: the CPU always, a GPU by itself where there is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,7 +75,7 @@ class Donated:
 
 def jitted(model: Model, dtype: str, device: Any, settings: Settings, section: Section) -> None:
     tree = on_device(model.shapes, dtype, device)
-    norm = model.parameters**0.5
+    norm = math.sqrt(model.parameters)
     copy = jax.jit(lambda grads: {name: jnp.copy(leaf) for name, leaf in grads.items()})
     ours, theirs = fresh(our_clip), fresh(optax_clip)
     contenders = {
@@ -121,7 +122,7 @@ def compilation(model: Model, dtype: str, device: Any, settings: Settings, secti
 
 def eager(model: Model, device: Any, settings: Settings, section: Section) -> None:
     tree = on_device(model.shapes, "float32", device)
-    bound = model.parameters**0.5 / 2
+    bound = math.sqrt(model.parameters) / 2
     contenders = {
         OURS_EAGER: wait(lambda: our_clip(tree, bound)),
         OPTAX_EAGER: wait(lambda: optax_clip(tree, bound)),

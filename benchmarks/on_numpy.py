@@ -6,7 +6,8 @@ all leaves before it scales them can do with less than that read and one multipl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import gradclip
 from benchmarks.results import Section, Table
 from benchmarks.settings import Settings
 from benchmarks.timing import compete
-from benchmarks.trees import MODELS, Model, gradients
+from benchmarks.trees import MODELS, Array, Model, gradients
 
 READ = "floor: one read (np.dot of each leaf)"
 IN_PLACE = "floor: read + in-place multiply"
@@ -42,13 +43,13 @@ class Gradients:
 
     step = 1 - 1e-4
 
-    def __init__(self, tree: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, tree: Mapping[str, Array]) -> None:
         self.tree = dict(tree)
         self.leaves = list(self.tree.values())
         self.flat = [leaf.reshape(-1) for leaf in self.leaves]
         self._kept = [leaf.copy() for leaf in self.leaves]
-        self.norm = sum(_sum_of_squares(leaf) for leaf in self.flat) ** 0.5
-        self.restore()
+        self.norm = math.sqrt(sum(_sum_of_squares(leaf) for leaf in self.flat))
+        self._bound = self.norm / 2
 
     def restore(self) -> None:
         for leaf, kept in zip(self.leaves, self._kept, strict=True):
@@ -63,12 +64,12 @@ class Gradients:
         return 2 * self.norm
 
 
-def _sum_of_squares(flat: np.ndarray) -> float:
-    chunks = (flat[i : i + (1 << 20)].astype(np.float64) for i in range(0, flat.size, 1 << 20))
+def _sum_of_squares(flat: Array) -> float:
+    chunks: Iterator[Array] = (flat[i : i + (1 << 20)].astype(np.float64) for i in range(0, flat.size, 1 << 20))
     return sum(float(np.dot(chunk, chunk)) for chunk in chunks)
 
 
-def plain_clip(grads: Mapping[str, np.ndarray], max_norm: float) -> tuple[dict[str, np.ndarray], Any]:
+def plain_clip(grads: Mapping[str, Array], max_norm: float) -> tuple[dict[str, Array], Any]:
     """What one writes by hand: two lines that read well, overflow in float16, and write fresh arrays."""
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in grads.values()))
     factor = min(1.0, max_norm / (float(norm) + 1e-6))
@@ -126,7 +127,7 @@ def preparation(g: Gradients, threads: int) -> Callable[[str], None]:
     return prepare
 
 
-def as_tensor(leaf: np.ndarray) -> Any:
+def as_tensor(leaf: Array) -> Any:
     """A tensor on the leaf's memory; bfloat16 goes by its bits, for torch takes none from NumPy."""
     import torch
 
@@ -171,7 +172,7 @@ def contest(model: Model, settings: Settings, section: Section) -> None:
             section.compare(timings, where, (key, CLIP, TORCH, TORCH + ONE_THREAD))
 
 
-def _dot_with_itself(x: np.ndarray) -> Any:
+def _dot_with_itself(x: Array) -> Any:
     return np.dot(x, x)
 
 

@@ -7,17 +7,19 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 try:
-    from tqdm import tqdm
+    from tqdm import tqdm as bar
 except ImportError:  # the command says so at its end
-    tqdm = None
+    bar = None
 
 T = TypeVar("T")
+
+SHOWN = bar is not None
 
 
 def steps(items: Iterable[T], title: str) -> Iterator[T]:
     """The items, one by one, under a bar that is gone when they are."""
-    if tqdm is None:
+    if bar is None:
         print(title, file=sys.stderr)
         yield from items
     else:
-        yield from tqdm(items, desc=f"{title:<44}", leave=False, dynamic_ncols=True, mininterval=0.5)
+        yield from bar(items, desc=f"{title:<44}", leave=False, dynamic_ncols=True, mininterval=0.5)

@@ -22,8 +22,8 @@ def run(settings: Settings) -> Section:
     if counts == [1]:
         section.not_run.append("threads: one core, or --threads 1")
         return section
-    names = [name for name in ("mlp", "resnet50") if name in settings.trees]
-    for name in names or list(settings.trees[:1]):
+    names = [name for name in settings.trees if name in ("mlp", "resnet50")] or list(settings.trees[:1])
+    for name in names:
         for count in counts:
             command = [sys.executable, "-m", "benchmarks.threads", name, str(count), str(settings.effort.seconds / 2)]
             done = subprocess.run(command, env={**os.environ, **pinned(count)}, capture_output=True, text=True)

@@ -80,10 +80,8 @@ class Effort:
     most_rounds: int = 101
 
 
-def calibrated(
-    call: Call, stopwatch: Stopwatch, prepare: Call = lambda: None, least: float = 1e-3
-) -> tuple[int, float]:
-    """How many calls in a row take at least `least` seconds, and what they took. Warms the call up."""
+def calibrated(call: Call, stopwatch: Stopwatch, prepare: Call = lambda: None, least: float = 1e-3) -> int:
+    """How many calls in a row take at least `least` seconds. Warms the call up."""
     prepare()
     stopwatch(call, 1)
     repeats = 1

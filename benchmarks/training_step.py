@@ -162,7 +162,7 @@ def compiled_step(clip: Callable[..., Any] | None, shapes: Mapping[str, tuple[in
     sharding = jax.sharding.SingleDeviceSharding(device)
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for name, shape in shapes.items()}
     state = jax.eval_shape(optimiser.init, params)
-    return jax.jit(step).lower(params, state, params, 1.0).compile().as_text()
+    return str(jax.jit(step).lower(params, state, params, 1.0).compile().as_text())
 
 
 @contextmanager

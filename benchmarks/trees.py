@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 Shapes = dict[str, tuple[int, ...]]
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ MODELS: dict[str, Model] = {
 GPT2_BLOCK = Model("one block of GPT-2 small", _block(768), 12, 7_087_872)
 
 
-def gradients(shapes: Mapping[str, tuple[int, ...]], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+def gradients(shapes: Mapping[str, tuple[int, ...]], dtype: Any = np.float32, seed: int = 0) -> dict[str, Array]:
     """Standard normal numbers: far from what overflows, and from the subnormals that slow a processor down."""
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape, np.float32).astype(dtype, copy=False) for name, shape in shapes.items()}
