@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pinning import VARIABLE, available
+from benchmarks.pinning import VARIABLE, WAITING, available
 
 PACKAGES = ("gradclip", "numpy", "ml_dtypes", "torch", "jax", "jaxlib", "optax", "cupy")
 
@@ -56,7 +56,7 @@ def described(threads: int) -> dict[str, Any]:
         "versions": versions(),
         "threads": {
             "floors (OpenBLAS)": os.environ.get("OPENBLAS_NUM_THREADS", "not limited"),
-            "torch": threads,
+            "torch": f"{threads} and 1 ({WAITING} {os.environ.get(WAITING, 'not set')})" if threads > 1 else 1,
             f"gradclip ({VARIABLE})": os.environ.get(VARIABLE, "not limited"),
             "JAX": "its own",
         },

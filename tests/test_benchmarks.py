@@ -266,16 +266,20 @@ def test_the_yardstick_of_the_norm_is_exact():
     assert accuracy.exact_norm(np.full(65_536 * 4, 0.5, np.float32)) == 256.0
 
 
-def test_limits_on_threads():
+def test_limits_on_threads(monkeypatch):
     assert pinning.limits(1) == [1]
     assert pinning.limits(6) == [1, 2, 4, 6]
     assert pinning.limits(8) == [1, 2, 4, 8]
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert pinning.pinned(3) == {
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
         pinning.VARIABLE: "3",
     }
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert pinning.pinned(3)["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 # -- the report ----------------------------------------------------------------------------------------------
