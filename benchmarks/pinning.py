@@ -18,9 +18,9 @@ def available() -> int:
 def pinned(threads: int) -> dict[str, str]:
     """The environment in which the floors run on one thread, and gradclip on at most `threads`.
 
-    OpenMP's threads sleep while they wait, unless the user has said how: torch's team would go on spinning after its own
-    turn, on a core that the next contender needs. On a busy machine of two cores spinning made torch itself slower too,
-    from 13 ms to between 13 and 670 ms for 161 leaves.
+    OpenMP's threads sleep while they wait, unless the user has said how: torch's team would go on spinning after its
+    own turn, on a core that the next contender needs. On a busy machine of two cores spinning made torch itself slower
+    too: between 13 and 670 ms for 161 leaves of 160,000 elements, against 13 ms.
     """
     one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return one | {WAITING: os.environ.get(WAITING, "PASSIVE"), VARIABLE: str(threads)}
