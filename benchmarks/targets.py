@@ -1,0 +1,63 @@
+"""What is to be reached, in one place; the numbers are those of the points under which the table lists them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit on one figure. Ratios are of times in the same run."""
+
+    point: int
+    what: str
+    limit: float | None
+    unit: str = "x"
+    at_least: bool = False
+
+    def met(self, value: float) -> bool | None:
+        if self.limit is None:
+            return None
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def stated(self) -> str:
+        if self.limit is None:
+            return "-"
+        return f"{'>=' if self.at_least else '<='} {self.limit:g} {self.unit}"
+
+
+TARGETS: dict[str, Target] = {
+    "norm": Target(1, "global_norm / one read", 1.10),
+    "norm error": Target(1, "global_norm, relative error", 1e-7, ""),
+    "in place": Target(2, "clip_grad_norm_ / (read + in-place multiply)", 1.05),
+    "threads": Target(2, "the same, aim with threads", 0.8),
+    "functional": Target(2, "clip_grad_norm / (read + fresh product)", 1.10),
+    "idle": Target(3, "nothing to clip / one read", 1.10),
+    "idle, torch": Target(3, "nothing to clip / torch", 0.60),
+    "small": Target(4, "clip_grad_norm_ / torch", 0.30),
+    "mlp": Target(4, "clip_grad_norm_ / torch", 0.50),
+    "narrow norm": Target(5, "global_norm", 1.5, "G elements/s", at_least=True),
+    "narrow clip": Target(5, "clip_grad_norm_ / naive in-place multiply", 1.0),
+    "scaling": Target(6, "clip_grad_norm_, N threads / one thread", None),
+    "jit run": Target(7, "jitted / optax + its norm", 1.0),
+    "jit run, bfloat16, cpu": Target(7, "jitted / optax + its norm", 0.5),
+    "jit donated": Target(7, "jitted, donated / optax + its norm, donated", 1.0),
+    "jit donated, bfloat16, cpu": Target(7, "jitted, donated / optax + its norm, donated", 0.5),
+    "compile": Target(7, "lower + compile / optax + its norm", 1.0),
+    "written": Target(7, "clipped gradients written out between clip and update", 0, ""),
+    "reductions": Target(7, "reductions of gradients, per leaf", 1.0, ""),
+    "eager": Target(8, "not jitted / optax, not jitted", 0.15),
+    "first call": Target(8, "first call on a new tree, not jitted", 2.0, "s"),
+    "retraces": Target(9, "retraces for the same shapes", 0, ""),
+    "retraces, bound": Target(9, "retraces for a changed bound", 0, ""),
+    "compilations": Target(9, "compilations not jitted: same shapes, changed bound", 0, ""),
+    "gpu norm": Target(10, "global_norm / a copy on the device", None),
+    "gpu in place": Target(10, "clip_grad_norm_ / a copy on the device", None),
+    "gpu functional": Target(10, "clip_grad_norm / a copy on the device", None),
+    "gpu idle": Target(10, "nothing to clip / a copy on the device", None),
+    "per call": Target(12, "fixed cost per call", None, "us"),
+    "per leaf": Target(12, "cost per leaf", None, "us"),
+    "per element": Target(12, "cost per million elements", None, "us"),
+    "in-place memory": Target(13, "clip_grad_norm_, peak extra memory", 4.0, "MB"),
+    "functional memory": Target(13, "clip_grad_norm, peak extra memory beyond its output", 4.0, "MB"),
+}
