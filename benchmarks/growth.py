@@ -16,7 +16,7 @@ from benchmarks.machine import available_memory
 from benchmarks.on_numpy import Gradients
 from benchmarks.results import Line, Section
 from benchmarks.settings import Settings
-from benchmarks.timing import Effort, Timings, compete
+from benchmarks.timing import Call, Effort, compete
 from benchmarks.trees import Shapes, gradients
 
 ELEMENTS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 50_000_000, 200_000_000)
@@ -25,7 +25,8 @@ LEAF = 16
 #: Compiling the clip of 10,000 leaves takes JAX minutes.
 MOST_JITTED_LEAVES = 300
 
-Contest = Callable[[Shapes, Effort], Timings]
+#: By name, a call and what puts its gradients back.
+Calls = dict[str, tuple[Call, Call]]
 
 
 def straight_line(name: str, against: str, sizes: Sequence[int], seconds: Sequence[float]) -> Line:
@@ -39,37 +40,41 @@ def straight_line(name: str, against: str, sizes: Sequence[int], seconds: Sequen
     return Line(name, against, [int(n) for n in sizes], us.tolist(), float(fixed), float(each), worst)
 
 
-def numpy_contest(shapes: Shapes, effort: Effort) -> Timings:
+def numpy_calls(shapes: Shapes) -> Calls:
     g = Gradients(gradients(shapes))
-    contenders = {
-        "NumPy global_norm": lambda: gradclip.global_norm(g.tree),
-        "NumPy clip_grad_norm_": lambda: gradclip.clip_grad_norm_(g.tree, g.bound()),
+    return {
+        "NumPy global_norm": (lambda: gradclip.global_norm(g.tree), g.restore),
+        "NumPy clip_grad_norm_": (lambda: gradclip.clip_grad_norm_(g.tree, g.bound()), g.restore),
     }
-    return compete(_title("NumPy", shapes), contenders, effort, prepare=lambda name: g.restore())
 
 
-def jax_contest(shapes: Shapes, effort: Effort) -> Timings:
+def jax_calls(shapes: Shapes) -> Calls:
     import jax
 
     from benchmarks.on_jax import fresh, on_device, our_clip, wait
 
     tree = on_device(shapes, "float32", jax.devices()[0])
     clip = fresh(our_clip)
-    # No tree stands at this bound: the clip does all its work, on the same input each time.
-    return compete(_title("JAX", shapes), {"JAX clip_grad_norm, jitted": wait(lambda: clip(tree, 1e-3))}, effort)
+    # The norm of every tree is above this bound: the clip does all its work, on the same input each time.
+    return {"JAX clip_grad_norm, jitted": (wait(lambda: clip(tree, 1e-3)), lambda: None)}
 
 
-def _title(library: str, shapes: Shapes) -> str:
-    return f"growth, {library}, {len(shapes):,} leaves of {next(iter(shapes.values()))[0]:,}"
-
-
-def curve(against: str, trees: Mapping[int, Shapes], contest: Contest, effort: Effort) -> list[Line]:
-    medians: dict[str, list[float]] = {}
-    for shapes in trees.values():
-        timings = contest(shapes, effort)
-        for name in timings.samples:
-            medians.setdefault(name, []).append(timings.spread(name).median)
-    return [straight_line(name, against, list(trees), seconds) for name, seconds in medians.items()]
+def curve(against: str, trees: Mapping[int, Shapes], calls: Callable[[Shapes], Calls], effort: Effort) -> list[Line]:
+    """All sizes in one contest: what slows the machine down for a while bends no line."""
+    contenders: dict[str, Call] = {}
+    restores: dict[str, Call] = {}
+    keys: dict[str, list[str]] = {}
+    for size, shapes in trees.items():
+        for name, (call, restore) in calls(shapes).items():
+            key = f"{name}, {size}"
+            contenders[key], restores[key] = call, restore
+            keys.setdefault(name, []).append(key)
+    title = f"growth with {against}: {', '.join(keys)}"
+    timings = compete(title, contenders, effort, prepare=lambda key: restores[key]())
+    return [
+        straight_line(name, against, list(trees), [timings.spread(key).median for key in mine])
+        for name, mine in keys.items()
+    ]
 
 
 def sizes(settings: Settings, section: Section) -> tuple[list[int], list[int]]:
@@ -77,8 +82,8 @@ def sizes(settings: Settings, section: Section) -> tuple[list[int], list[int]]:
     if settings.short:
         elements, leaves = [n for n in elements if n <= 10_000_000], leaves[:7:2]
         section.not_run.append("growth beyond 1e7 elements or 1,000 leaves: not in short mode")
-    # The tree, its kept copy, and the room that clips in JAX need for their outputs.
-    fits = [n for n in elements if 4 * 4 * n < available_memory()]
+    # The trees up to this one, their kept copies, and the outputs of a functional clip.
+    fits = [n for i, n in enumerate(elements) if 3 * 4 * sum(elements[: i + 1]) < available_memory()]
     if fits != elements:
         section.not_run.append(f"growth beyond {fits[-1]:,} elements: the memory is too small")
     return fits, leaves
@@ -87,15 +92,15 @@ def sizes(settings: Settings, section: Section) -> tuple[list[int], list[int]]:
 def run(settings: Settings) -> Section:
     section = Section("growth")
     elements, leaves = sizes(settings, section)
-    effort = Effort(settings.effort.seconds / 4, settings.effort.least_rounds, 51)
+    effort = Effort(settings.effort.seconds * 2, settings.effort.least_rounds)
     one_leaf: dict[int, Shapes] = {n: {"leaf": (n,)} for n in elements}
     many: dict[int, Shapes] = {n: {f"leaf{i}": (LEAF,) for i in range(n)} for n in leaves}
-    section.lines += curve("elements", one_leaf, numpy_contest, effort)
-    section.lines += curve("leaves", many, numpy_contest, effort)
+    section.lines += curve("elements", one_leaf, numpy_calls, effort)
+    section.lines += curve("leaves", many, numpy_calls, effort)
     try:
         some = {n: shapes for n, shapes in many.items() if n <= MOST_JITTED_LEAVES}
-        section.lines += curve("elements", one_leaf, jax_contest, effort)
-        section.lines += curve("leaves", some, jax_contest, effort)
+        section.lines += curve("elements", one_leaf, jax_calls, effort)
+        section.lines += curve("leaves", some, jax_calls, effort)
         section.not_run.append(f"growth of JAX beyond {max(some)} leaves: compiling takes too long")
     except ImportError as error:
         section.not_run.append(f"growth of JAX: {error}")

@@ -239,9 +239,7 @@ def test_a_straight_line_is_found_at_both_ends():
 
 
 def test_growth_names_every_line():
-    lines = growth.curve(
-        "leaves", {1: {"a": (16,)}, 2: {"a": (16,), "b": (16,)}}, growth.numpy_contest, Effort(0, 1, 1)
-    )
+    lines = growth.curve("leaves", {1: {"a": (16,)}, 2: {"a": (16,), "b": (16,)}}, growth.numpy_calls, Effort(0, 1, 1))
     assert [line.name for line in lines] == ["NumPy global_norm", "NumPy clip_grad_norm_"]
     assert all(line.sizes == [1, 2] for line in lines)
     assert all(us > 0 for line in lines for us in line.us)
