@@ -139,6 +139,12 @@ def _to_bfloat16(x: Array, like: Array, out: Array) -> None:
 _FIRST, _BEYOND = np.float32(2.0**-14), np.float32(2.0**16)
 
 
+@lru_cache
+def _constant(value: np.float32) -> Array:
+    """A chunk of one number: `minimum` and `maximum` of two arrays are 3 times as fast as of an array and a number."""
+    return np.full(CHUNK, value)
+
+
 def _from_float16(block: Array, wide: Array) -> Array:
     """|x| as float32; inf where x is inf or NaN. The exponent is shifted by bits, which subnormals need taken back."""
     bits = _buffer("bits16", np.uint16)[: block.size]
@@ -150,7 +156,7 @@ def _from_float16(block: Array, wide: Array) -> Array:
     np.add(u, np.uint32(112 << 23), out=u)
     below = _buffer("other", np.float32)[: block.size]
     np.subtract(x, _FIRST, out=below)
-    np.minimum(below, np.float32(0), out=below)
+    np.minimum(below, _constant(np.float32(0))[: block.size], out=below)
     np.add(x, below, out=x)  # a subnormal m * 2**-24 came as 2**-15 * (1 + m / 1024)
     if x.size and x.max() >= _BEYOND:
         x[x >= _BEYOND] = math.inf
@@ -165,7 +171,7 @@ def _to_float16(x: Array, like: Array, out: Array) -> None:
     """
     magic = _buffer("other", np.float32)[: x.size]
     m, u = magic.view(np.uint32), x.view(np.uint32)
-    np.maximum(x, _FIRST, out=magic)
+    np.maximum(x, _constant(_FIRST)[: x.size], out=magic)
     np.bitwise_and(m, np.uint32(0x7F800000), out=m)
     np.add(m, np.uint32(13 << 23), out=m)
     np.add(x, magic, out=x)
