@@ -216,8 +216,10 @@ def _plan(
     with kernels.quiet():
         arrays = [kernels.adopt(leaf.value) for leaf in leaves]
         acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
-        numbers = _Bounds(*(None if x is None else kernels.number(x, acc, home) for x in bounds))
-        decide = _decide if all_reduce is not None else kernels.staged(_decide, arrays)
+        decide, number = _decide, kernels.number
+        if all_reduce is None:
+            decide, number = kernels.staged(_decide, arrays), kernels.argument
+        numbers = _Bounds(*(None if x is None else number(x, acc, home) for x in bounds))
         norm, factor, shift, root = decide(kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce)
         if nonfinite == "error":
             _raise_if_bad(kernels, leaves, arrays, norm, root)

@@ -25,7 +25,9 @@ ROWS = (
     {"gradclip._numbers"},
     {"gradclip._norms"},
     {"gradclip._kernels"},  # a docstring and nothing else
+    {"gradclip._kernels.expressions", "gradclip._kernels.cuda_text"},
     {"gradclip._kernels.generic"},
+    {"gradclip._kernels.cuda", "gradclip._kernels.cuda_table"},
     {"gradclip._kernels.numpy", "gradclip._kernels.cupy", "gradclip._kernels.jax"},
     {"gradclip._dispatch"},
     {"gradclip._arguments"},
@@ -46,7 +48,24 @@ ONLY = {
     "gradclip._norms": {"gradclip._types", "gradclip._numbers"},
     "gradclip._kernels.generic": {"gradclip._types", *MATHEMATICS},
     "gradclip._kernels.numpy": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.generic"},
-    "gradclip._kernels.cupy": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.generic"},
+    "gradclip._kernels.expressions": {"gradclip._types"},
+    "gradclip._kernels.cuda_text": set(),
+    "gradclip._kernels.cuda": {
+        "gradclip._types",
+        *MATHEMATICS,
+        "gradclip._kernels.generic",
+        "gradclip._kernels.expressions",
+        "gradclip._kernels.cuda_text",
+    },
+    "gradclip._kernels.cuda_table": {"gradclip._types", "gradclip._kernels.generic", "gradclip._kernels.cuda_text"},
+    "gradclip._kernels.cupy": {
+        "gradclip._types",
+        *MATHEMATICS,
+        "gradclip._kernels.generic",
+        "gradclip._kernels.cuda_text",
+        "gradclip._kernels.cuda",
+        "gradclip._kernels.cuda_table",
+    },
     "gradclip._kernels.jax": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.generic"},
     "gradclip._arguments": {*GROUND, "gradclip._tree", "gradclip._dispatch"},
     "gradclip.distributed": GROUND,
@@ -71,7 +90,8 @@ LIBRARIES = {
 MAY_NAME = {
     "gradclip._dispatch": LIBRARIES,
     "gradclip._kernels.numpy": {"numpy", "ml_dtypes"},
-    "gradclip._kernels.cupy": {"cupy"},
+    "gradclip._kernels.cupy": {"cupy", "numpy"},
+    "gradclip._kernels.cuda_table": {"numpy"},
     "gradclip._kernels.jax": {"jax", "numpy"},
     "gradclip._kernels.generic": {"numpy"},
     "gradclip._tree": {"jax"},
@@ -80,7 +100,8 @@ MAY_NAME = {
 }
 MAY_IMPORT_AT_ONCE = {
     "gradclip._kernels.numpy": {"numpy", "ml_dtypes"},
-    "gradclip._kernels.cupy": {"cupy"},
+    "gradclip._kernels.cupy": {"cupy", "numpy"},
+    "gradclip._kernels.cuda_table": {"numpy"},
     "gradclip._kernels.jax": {"jax", "jaxlib", "numpy"},
     "gradclip.__main__": {"numpy"},  # the demo, a program: nothing imports it
 }
@@ -180,7 +201,7 @@ def f():
     import_module(name)
 """
     found = {name for node in ast.walk(ast.parse(code)) for name in imported(node, "gradclip._dispatch")}
-    kernels = {f"gradclip._kernels.{name}" for name in ("generic", "numpy", "cupy", "jax")}
+    kernels = {name for name in TREES if name.startswith("gradclip._kernels.")}
     assert found == {
         "gradclip",
         "gradclip._clip",

@@ -125,6 +125,10 @@ class Kernels:
         """`plan`, to be called with `arrays`, in the form that this library runs fastest."""
         return plan
 
+    def argument(self, value: Any, acc: Any, device: Any) -> Measured:
+        """A bound as `staged` takes it."""
+        return self.number(value, acc, device)
+
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         """Whether the values are not there yet, so that the host cannot read them."""
         return False
