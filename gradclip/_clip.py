@@ -217,7 +217,7 @@ def _plan(
         arrays = [kernels.adopt(leaf.value) for leaf in leaves]
         acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
         decide, number = _decide, kernels.number
-        if all_reduce is None:
+        if all_reduce is None or kernels.reduces_on_the_way:
             decide, number = kernels.staged(_decide, arrays), kernels.argument
         numbers = _Bounds(*(None if x is None else number(x, acc, home) for x in bounds))
         norm, factor, shift, root = decide(kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce)

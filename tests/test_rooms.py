@@ -27,7 +27,7 @@ ROWS = (
     {"gradclip._kernels"},  # a docstring and nothing else
     {"gradclip._kernels.expressions", "gradclip._kernels.cuda_text"},
     {"gradclip._kernels.generic"},
-    {"gradclip._kernels.cuda", "gradclip._kernels.cuda_table"},
+    {"gradclip._kernels.cuda", "gradclip._kernels.cuda_table", "gradclip._kernels.cupy_compiler"},
     {"gradclip._kernels.numpy", "gradclip._kernels.cupy", "gradclip._kernels.jax"},
     {"gradclip._dispatch"},
     {"gradclip._arguments"},
@@ -65,7 +65,9 @@ ONLY = {
         "gradclip._kernels.cuda_text",
         "gradclip._kernels.cuda",
         "gradclip._kernels.cuda_table",
+        "gradclip._kernels.cupy_compiler",
     },
+    "gradclip._kernels.cupy_compiler": set(),
     "gradclip._kernels.jax": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.generic"},
     "gradclip._arguments": {*GROUND, "gradclip._tree", "gradclip._dispatch"},
     "gradclip.distributed": GROUND,
@@ -92,6 +94,7 @@ MAY_NAME = {
     "gradclip._kernels.numpy": {"numpy", "ml_dtypes"},
     "gradclip._kernels.cupy": {"cupy", "numpy"},
     "gradclip._kernels.cuda_table": {"numpy"},
+    "gradclip._kernels.cupy_compiler": {"cupy"},
     "gradclip._kernels.jax": {"jax", "numpy"},
     "gradclip._kernels.generic": {"numpy"},
     "gradclip._tree": {"jax"},
@@ -102,6 +105,7 @@ MAY_IMPORT_AT_ONCE = {
     "gradclip._kernels.numpy": {"numpy", "ml_dtypes"},
     "gradclip._kernels.cupy": {"cupy", "numpy"},
     "gradclip._kernels.cuda_table": {"numpy"},
+    "gradclip._kernels.cupy_compiler": {"cupy"},
     "gradclip._kernels.jax": {"jax", "jaxlib", "numpy"},
     "gradclip.__main__": {"numpy"},  # the demo, a program: nothing imports it
 }

@@ -24,6 +24,7 @@ from gradclip._kernels.cuda_text import (
     SCALE,
     SETTLE,
     TABLE,
+    TABLE_BYTES,
     THREADS,
 )
 from gradclip._kernels.expressions import Partial, Printed, Reduced, Symbols
@@ -42,7 +43,7 @@ def _choice(kinds: tuple[str, ...], run: str) -> str:
 
 
 def _head() -> str:
-    return NUMBERS % {"threads": THREADS} + TABLE % {"leaves": LEAVES, "kinds": len(KINDS)}
+    return NUMBERS % {"threads": THREADS} + TABLE % {"leaves": LEAVES, "kinds": len(KINDS), "bytes": TABLE_BYTES}
 
 
 def _joining(op: str, slots: int) -> str:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 THREADS = 256
-#: Leaves of one launch. The table travels in the kernel's parameters, and those may be 4 KB: it takes 4024 bytes.
+#: Leaves of one launch. The table travels in the kernel's parameters, and those may take 4 KB in all.
 LEAVES = 250
+TABLE_BYTES = 4024
 #: Where each output starts, in bytes: outputs share one allocation, and a plain one would be aligned like this too.
 ALIGNMENT = 256
 
@@ -136,6 +137,7 @@ struct Table {
     unsigned short until[%(kinds)d];  // the end of each kind
     unsigned short leaves, chunks, bits;
 };
+static_assert(sizeof(Table) == %(bytes)d, "the host lays it out otherwise");
 template <class T> struct __align__(16) Quad { T of[16 / sizeof(T)]; };
 """
 

@@ -231,7 +231,7 @@ class Printed:
         if x not in self._names:
             args = [self.name(arg) for arg in x.args]
             if args:
-                self._names[x] = f"v{len(self._names)}"
+                self._names[x] = f"v{len(self.once) + len(self.each)}"
                 kind = "bool" if x.kind == "bool" else "double"
                 line = f"const {kind} {self._names[x]} = {x.form.format(*args)};"
                 (self.each if x.varies else self.once).append(line)

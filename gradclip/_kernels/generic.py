@@ -28,7 +28,6 @@ COMPONENT_BITS = {
     "complex128": 64,
 }
 
-
 _ROW = 128
 
 
@@ -41,6 +40,8 @@ def dtype_name(x: Array) -> str:
 
 class Kernels:
     """Kernels for the library whose array-API namespace is `xp`."""
+
+    reduces_on_the_way = False  # whether a `staged` plan can call an `all_reduce`, which acts on arrays
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
