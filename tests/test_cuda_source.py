@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gradclip._clip import _Bounds, _decide
-from gradclip._kernels import cuda
-from gradclip._kernels.cuda_text import KINDS
+from gradclip._kernels import cuda, cuda_table
+from gradclip._kernels.cuda_text import KINDS, LEAVES, TABLE_BYTES
 from gradclip._kernels.expressions import Partial, Printed, Reduced, Symbols
 from gradclip._norms import TwoNorm, law
 
@@ -120,6 +121,29 @@ def test_programs_are_written_once():
     assert cuda.measure(law(3.0), 1, ("float32",)) is cuda.measure(law(3.0), 1, ("float32",))
     form = next(forms(2.0))
     assert cuda.settle(_decide, form) is cuda.settle(_decide, form)
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_long_leaves_hold_every_element_once() -> None:
+    assert cuda_table.TABLE.itemsize == TABLE_BYTES
+    assert TABLE_BYTES + 4 * 8 <= 4096  # and the other parameters
+    lengths = [2**30, 1, 2**30 - 5, 2**28 + 3, 2**30, 65536, 4096, 2**30, 7] + [2**20 + 1] * 600
+    entry = cuda_table.Entry
+    lines = [entry(i % 3, 4096 * i, n, i) for i, n in enumerate(lengths)]
+    lines.sort(key=lambda line: line.kind)
+    held = []
+    for table in cuda_table.tables(lines):
+        n, bits = int(table["leaves"]), int(table["bits"])
+        assert n <= LEAVES
+        ends = [*table["first"][1:n].tolist(), int(table["chunks"])]
+        for i in range(n):
+            chunks = ends[i] - int(table["first"][i])
+            kind = int(np.searchsorted(table["until"], i, side="right"))
+            length = (chunks - 1) * 2**bits + int(table["last"][i]) + 1
+            held.append(entry(kind, int(table["from"][i]), length, int(table["out"][i])))
+    assert held == lines
 
 
 # -- the compiler ----------------------------------------------------------------------------------------------

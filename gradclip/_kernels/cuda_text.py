@@ -114,8 +114,7 @@ __device__ __forceinline__ void across(double* s, double* c) {
             if (me < half) merge(sums[me], rests[me], sums[me + half], rests[me + half]);
             __syncthreads();
         }
-        if (me == 0) s[k] = sums[0], c[k] = rests[0];
-        __syncthreads();  // or the next round overwrites what thread 0 reads
+        if (me == 0) s[k] = sums[0], c[k] = rests[0];  // no other thread writes there: no barrier is needed
     }
 }
 """

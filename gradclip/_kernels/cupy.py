@@ -150,10 +150,7 @@ class CupyKernels(Kernels):
             measured = [] if columns is None else [columns, np.uint32(columns.shape[1]), *seen]
             given = [x.root for x in bounds if x is not None]
             kernel((1,), (THREADS,), (out, *measured, *given))
-            if cupy.cuda.get_current_stream().is_capturing():
-                # A graph writes to all this memory whenever it is launched: it is not free while the norm is in use.
-                held = cupy.cuda.UnownedMemory(out.data.ptr, out.nbytes, (out, measured, given), out.device.id)
-                out = cupy.ndarray(out.shape, out.dtype, cupy.cuda.MemoryPointer(held, 0))
+            out = cupy.ndarray(out.shape, out.dtype, _kept(out.data, out.nbytes, (measured, given)))
             norm = out[0] if form.wide else out.view(cupy.float32)[0]
             return norm, out[1], out[2] if shifts else None, out[3]
 
@@ -219,7 +216,7 @@ class CupyKernels(Kernels):
                 by = self.move(factor, device), _NULL if shift is None else self.move(shift, device)
                 dense = [i for i in places if leaves[i].size and cuda_table.is_dense(leaves[i])]
                 starts, end = cuda_table.room_for([leaves[i] for i in dense])
-                room = cupy.cuda.alloc(end * ALIGNMENT)
+                room = _kept(cupy.cuda.alloc(end * ALIGNMENT), end * ALIGNMENT, by)
                 for i, start in zip(dense, starts, strict=True):
                     x = leaves[i]
                     out[i] = cupy.ndarray(x.shape, x.dtype, room + start * ALIGNMENT, x.strides)
@@ -267,6 +264,14 @@ class CupyKernels(Kernels):
                     kernel((_grid(table),), (THREADS,), (table, *by, np.uint64(base)))
 
         return launch
+
+
+def _kept(memory: Any, size: int, others: Any) -> Any:
+    """The same memory. While a graph is captured it keeps `others` alive: each launch of the graph writes to them."""
+    if not size or not cupy.cuda.get_current_stream().is_capturing():
+        return memory
+    owner = cupy.cuda.UnownedMemory(memory.ptr, size, (memory, others), memory.device_id)
+    return cupy.cuda.MemoryPointer(owner, 0)
 
 
 def _grid(table: Any) -> int:
