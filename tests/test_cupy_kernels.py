@@ -487,6 +487,24 @@ def test_a_stream_of_its_own_many_leaves() -> None:
 
 
 @pytest.mark.parametrize("p", [2.0, 3.0])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_device_waits_for_what_others_measure(two_devices: None, in_place: bool, p: float) -> None:  # noqa: F811
+    """The other device is read first: where work is put off, nothing has been done yet that it does not wait for."""
+    values = [np.float32([3.0, -4.0] * 40), np.float32([1.0, 0.5] * 30)]
+    want = exact.norm(values, p)
+    leaves = [on(device, x) for device, x in enumerate(values)]
+    for leaf in leaves:
+        leaf.device.synchronize()
+    if in_place:
+        gradclip.clip_grad_norm_(leaves, 1.0, p)
+        out = leaves
+    else:
+        out = gradclip.clip_grad_norm(leaves, 1.0, p).grads
+    check_right(host(out[1]), values[1], 1 / want)
+    check_right(host(out[0]), values[0], 1 / want)
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
 @pytest.mark.parametrize("kept", ["grads and norm", "norm", "grads"])
 def test_a_graph(kept: str, p: float) -> None:
     """Captured once, launched on other numbers; and what the graph writes to in between is not given to others.
