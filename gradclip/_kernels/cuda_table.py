@@ -35,7 +35,6 @@ _CHUNK = 12
 LONGEST = 2**30
 
 _ORDER = tuple(KINDS)
-_kind_of: dict[Any, int] = {}
 
 
 class Entry(NamedTuple):
@@ -66,28 +65,39 @@ def entries(leaves: Sequence[Array], *, real: bool, room: Sequence[int] = ()) ->
     `real`: complex leaves as real ones, twice as long. `room`: where their outputs start.
     """
     out = []
+    found: dict[Any, tuple[int, int]] = {}
     for i, leaf in enumerate(leaves):
         dtype = leaf.dtype
-        if dtype not in _kind_of:  # the name of a dtype takes longer than all the rest
-            _kind_of[dtype] = _ORDER.index(dtype_name(leaf))
-        kind, n, pointer = _kind_of[dtype], leaf.size, leaf.data.ptr
+        if dtype not in found:
+            found[dtype] = _kind(leaf, real)
+        kind, numbers = found[dtype]
+        n, pointer, at = leaf.size * numbers, leaf.data.ptr, room[i] if room else 0
+        if n <= LONGEST:
+            out.append(Entry(kind, pointer, n, at))
+            continue
         size = leaf.nbytes // n
-        if real and dtype.kind == "c":
-            kind, n, size = _ORDER.index(KINDS[_ORDER[kind]].component), 2 * n, size // 2
-        at = room[i] if room else 0
         for begin in range(0, n, LONGEST):
             skipped = begin * size
             out.append(Entry(kind, pointer + skipped, min(n - begin, LONGEST), at + skipped // ALIGNMENT))
-    return sorted(out, key=_by_kind)
+    return out if len(found) == 1 else sorted(out, key=_by_kind)
+
+
+def _kind(leaf: Array, real: bool) -> tuple[int, int]:
+    """The kind of a leaf as a number, and into how many real numbers an element is taken apart."""
+    name = dtype_name(leaf)
+    if real and KINDS[name].component != name:
+        return _ORDER.index(KINDS[name].component), 2
+    return _ORDER.index(name), 1
 
 
 def _by_kind(entry: Entry) -> int:
     return entry.kind
 
 
-def kinds(lines: Sequence[Entry]) -> tuple[str, ...]:
-    """The names of the kinds, in the order of the table."""
-    return tuple(_ORDER[i] for i in sorted({line.kind for line in lines}))
+def kinds(leaves: Sequence[Array], *, real: bool) -> tuple[str, ...]:
+    """The names of the kinds of leaves, in the order of the table."""
+    some = {leaf.dtype: leaf for leaf in leaves}.values()
+    return tuple(_ORDER[i] for i in sorted({_kind(leaf, real)[0] for leaf in some}))
 
 
 def tables(lines: Sequence[Entry]) -> Iterator[Any]:

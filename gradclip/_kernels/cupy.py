@@ -83,9 +83,8 @@ class CupyKernels(Kernels):
     def _blocks(self, leaves: Sequence[Array], law: Law, seen: tuple[Array, ...]) -> Array:
         """What leaves on the current device contribute to one pass: one partial for each block, as columns."""
         leaves = [leaf if cuda_table.is_dense(leaf) else cupy.ascontiguousarray(leaf) for leaf in leaves]
-        lines = cuda_table.entries(leaves, real=False)
-        kernel = compiled(cuda.measure(law, len(seen), cuda_table.kinds(lines)), "gradclip_measure")
-        tables = list(cuda_table.tables(lines))
+        kernel = compiled(cuda.measure(law, len(seen), cuda_table.kinds(leaves, real=False)), "gradclip_measure")
+        tables = list(cuda_table.tables(cuda_table.entries(leaves, real=False)))
         blocks = [_grid(table) for table in tables]
         out = cupy.empty((law.sizes[len(seen)], sum(blocks)), cupy.float64)
         known = cupy.concatenate(seen) if len(seen) > 1 else cupy.ascontiguousarray(seen[0]) if seen else _NULL
@@ -131,11 +130,12 @@ class CupyKernels(Kernels):
     ) -> tuple[Array, Array, Array | None, Array]:
         """What `plan` gives, in one kernel after those that measure."""
         home, leaves = self.devices(arrays)[0], [x for x in arrays if x.size]
+        kinds = {x.dtype: x for x in leaves}.values()  # the name of a dtype takes long to find
         form = cuda.Form(
             law,
             nonfinite,
-            narrow=all_reduce is None and all(self.is_narrow(x, cupy.float64) for x in leaves),
-            wide=self.reported(arrays) == cupy.float64,
+            narrow=all_reduce is None and all(self.is_narrow(x, cupy.float64) for x in kinds),
+            wide=self.reported([*{x.dtype: x for x in arrays}.values()]) == cupy.float64,
             bounds=bounds._make(x and ("value" if isinstance(x.root, float) else "array") for x in bounds),
         )
         source, shifts = cuda.settle(plan, form)
@@ -176,7 +176,7 @@ class CupyKernels(Kernels):
         """Compile now what `_measured` needs: once other shards have been called, nothing may be begun again."""
         for device, places in [*_by_device(leaves), (home, [])]:
             with self.on(device):
-                kinds = cuda_table.kinds(cuda_table.entries([leaves[i] for i in places], real=False))
+                kinds = cuda_table.kinds([leaves[i] for i in places], real=False)
                 for step in range(len(law.sizes)):
                     compiled(cuda.joined(law, step), "gradclip_settle")
                     if kinds:
@@ -252,15 +252,12 @@ class CupyKernels(Kernels):
         """The launches of `scale`, compiled for every device before the first leaf is written."""
         for device, places in _by_device(leaves):
             with self.on(device):
-                lines = cuda_table.entries([leaves[i] for i in places if leaves[i].size], real=True)
-                if lines:
-                    compiled(cuda.scale(cuda_table.kinds(lines)), "gradclip_scale")
+                compiled(cuda.scale(cuda_table.kinds([leaves[i] for i in places], real=True)), "gradclip_scale")
 
         def launch(leaves: Sequence[Array], by: tuple[Any, Any], room: Sequence[int] = (), base: int = 0) -> None:
-            lines = cuda_table.entries(leaves, real=True, room=room)
-            if lines:
-                kernel = compiled(cuda.scale(cuda_table.kinds(lines)), "gradclip_scale")
-                for table in cuda_table.tables(lines):
+            if leaves:
+                kernel = compiled(cuda.scale(cuda_table.kinds(leaves, real=True)), "gradclip_scale")
+                for table in cuda_table.tables(cuda_table.entries(leaves, real=True, room=room)):
                     kernel((_grid(table),), (THREADS,), (table, *by, np.uint64(base)))
 
         return launch
