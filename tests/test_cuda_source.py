@@ -155,12 +155,14 @@ def _nvrtc() -> Any:
     """NVRTC as PyPI has it: the library's path is among the distribution's files."""
     for name in ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"):
         try:
-            files = importlib.metadata.files(name) or []
+            files = {file.name: str(file.locate()) for file in importlib.metadata.files(name) or []}
         except importlib.metadata.PackageNotFoundError:
             continue
-        for file in files:
-            if re.fullmatch(r"libnvrtc\.so\.\d+|nvrtc64_\d+_0\.dll", file.name):
-                return ctypes.CDLL(str(file.locate()))
+        for wanted in (r"libnvrtc-builtins\.so\.[\d.]+", r"libnvrtc\.so\.\d+|nvrtc64_\d+_0\.dll"):
+            # The second opens the first by its bare name, which may not be where the system looks.
+            loaded = [ctypes.CDLL(path) for file, path in files.items() if re.fullmatch(wanted, file)]
+        if loaded:
+            return loaded[0]
     return None
 
 
