@@ -218,8 +218,8 @@ def _plan(
     with kernels.quiet():
         arrays = kernels.adopted(flat.values)
         acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
-        numbers = _Bounds(*(None if x is None else kernels.number(x, acc, home) for x in bounds))
-        decide = _decide if all_reduce is not None else kernels.staged(_decide, arrays)
+        numbers = _Bounds(*(None if x is None else kernels.argument(x, acc, home) for x in bounds))
+        decide = kernels.staged(_decide, arrays, all_reduce)
         norm, factor, shift, root = decide(kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce)
         if nonfinite == "error":
             _raise_if_bad(kernels, flat, arrays, norm, root)

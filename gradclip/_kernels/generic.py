@@ -107,9 +107,15 @@ class Kernels:
         """`bound / norm` as a factor and a shift."""
         return quotient(self.xp, bound, norm)
 
-    def staged(self, plan: Callable[..., Any], arrays: Sequence[Array]) -> Callable[..., Any]:
+    def staged(
+        self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: AllReduce | None
+    ) -> Callable[..., Any]:
         """`plan`, to be called with `arrays`, in the form that this library runs fastest."""
         return plan
+
+    def argument(self, value: Any, acc: Any, device: Any) -> Measured:
+        """A bound as `staged` takes it."""
+        return self.number(value, acc, device)
 
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         """Whether the values are not there yet, so that the host cannot read them."""

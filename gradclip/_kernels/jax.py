@@ -72,9 +72,11 @@ class JaxKernels(Kernels):
     def is_traced(self, arrays: Sequence[Array]) -> bool:
         return any(isinstance(x, jax.core.Tracer) for x in arrays)
 
-    def staged(self, plan: Callable[..., Any], arrays: Sequence[Array]) -> Callable[..., Any]:
+    def staged(
+        self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: AllReduce | None
+    ) -> Callable[..., Any]:
         devices = self.devices(arrays)
-        if len(devices) > 1:
+        if len(devices) > 1 or all_reduce is not None:  # a caller's `all_reduce` may be any code
             return plan
 
         def call(kernels: JaxKernels, arrays: Sequence[Array], bounds: Any, **static: Any) -> Any:

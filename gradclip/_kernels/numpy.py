@@ -81,7 +81,9 @@ class NumpyKernels(Kernels):
         layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
         return face["data"][0], face["typestr"], layout
 
-    def staged(self, plan: Callable[..., Any], arrays: Sequence[Array]) -> Callable[..., Any]:
+    def staged(
+        self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: AllReduce | None
+    ) -> Callable[..., Any]:
         return lambda kernels, *args, **static: plan(_ON_HOST, *args, **static)
 
     # -- norms ---------------------------------------------------------------------------------------------

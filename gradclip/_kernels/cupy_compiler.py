@@ -1,0 +1,52 @@
+"""Compiling CUDA kernels for CuPy; and what happens on a machine where that fails."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import cupy
+
+
+class NotCompiled(Exception):
+    """A kernel that cannot be had on this machine."""
+
+
+def compiled(source: str, name: str, *options: str) -> Any:
+    """A kernel for the current device. Raises NotCompiled."""
+    kernel = _loaded(source, name, options, cupy.cuda.runtime.getDevice())
+    if kernel is None:
+        raise NotCompiled
+    return kernel
+
+
+@lru_cache(maxsize=1024)
+def _kernel(source: str, name: str, options: tuple[str, ...]) -> Any:
+    return cupy.RawKernel(source, name, options=options)
+
+
+@lru_cache(maxsize=1024)
+def _loaded(source: str, name: str, options: tuple[str, ...], device: int) -> Any:
+    """The kernel, loaded on a device; None if that cannot be."""
+    kernel = _kernel(source, name, options)
+    try:
+        kernel.compile()
+    except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError) as error:
+        _warn_once(str(error).strip())
+        return None
+    return kernel
+
+
+_failures: list[str] = []
+
+
+def _warn_once(reason: str) -> None:
+    _failures.append(reason)
+    if len(_failures) == 1:
+        warnings.warn(
+            "gradclip: a CUDA kernel could not be compiled, so slower ones do its work, with the same results. "
+            f"Please report this: {reason[:2000]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,246 @@
+"""The CUDA C that is written from the laws and the policy: its formulas, and that NVIDIA's compiler takes it all.
+
+The compiler is NVRTC, from PyPI (`pip install 'gradclip[nvrtc]'`); it needs no GPU. That nothing here has run on one
+stands in the README; what the kernels compute is tested in test_cupy_kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradclip._clip import _Bounds, _decide
+from gradclip._kernels import cuda, cuda_table
+from gradclip._kernels.cuda_text import KINDS, LEAVES, TABLE_BYTES
+from gradclip._kernels.expressions import Partial, Printed, Reduced, Symbols
+from gradclip._norms import TwoNorm, law
+
+INF = math.inf
+NORMS = [2.0, 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
+
+# -- expressions -----------------------------------------------------------------------------------------------
+
+
+def test_expressions_print_as_statements_each_once():
+    xp, printed = Symbols(), Printed()
+    x, y = xp.given("x", varies=True), xp.given("y")
+    root = xp.sqrt(y * y + 1)
+    out = xp.where(xp.logical_and(x > root, xp.isfinite(x)), 2.0**600 * x, -1 / (x - root)) ** 2.5
+    assert printed.name(out) == printed.name(out)
+    assert printed.once == [
+        "const double v0 = y * y;",
+        "const double v1 = v0 + 1.0;",
+        "const double v2 = sqrt(v1);",
+    ]
+    assert printed.each == [
+        "const bool v3 = x > v2;",
+        "const bool v4 = fabs(x) < INFINITE;",
+        "const bool v5 = v3 && v4;",
+        "const double v6 = 4.149515568880993e+180 * x;",
+        "const double v7 = x - v2;",
+        "const double v8 = (-1.0) / v7;",
+        "const double v9 = v5 ? v6 : v8;",
+        "const double v10 = pow(v9, 2.5);",
+    ]
+
+
+def test_every_operation_prints_as_itself():
+    xp = Symbols()
+    x, y = xp.given("x"), xp.given("y")
+    cases = {
+        "x + y": x + y,
+        "1.0 + x": 1 + x,
+        "x - y": x - y,
+        "1.0 - x": 1 - x,
+        "x * y": x * y,
+        "2.0 * x": 2 * x,
+        "x / y": x / y,
+        "1.0 / x": 1 / x,
+        "-x": -x,
+        "x < y": x < y,
+        "x <= y": x <= y,
+        "x > y": x > y,
+        "x >= y": x >= y,
+        "x == y": x == y,
+        "larger(x, y)": xp.maximum(x, y),
+        "smaller(x, 0.5)": xp.minimum(x, 0.5),
+        "fabs(x)": xp.abs(x),
+        "log(x)": xp.log(x),
+        "x != x": xp.isnan(x),
+        "fabs(x) == INFINITE": xp.isinf(x),
+        "as_float32(x)": xp.astype(x, xp.float32),
+        "x * x * x": x**3,
+        "sqrt(x)": x**0.5,
+    }
+    for text, value in cases.items():
+        printed = Printed()
+        printed.name(value)
+        (line,) = printed.once
+        assert line.split(" = ", 1)[1] == f"{text};"
+    assert [xp.number(v).form for v in (INF, -INF, math.nan, -0.0)] == [
+        "INFINITE",
+        "(-INFINITE)",
+        "NOT_A_NUMBER",
+        "(-0.0)",
+    ]
+
+
+def test_a_branch_on_an_expression_is_refused():
+    x = Symbols().given("x")
+    for branch in (lambda: bool(x), lambda: x > 0 or x, lambda: max(x, x + 1)):
+        with pytest.raises(TypeError, match="do not branch"):
+            branch()
+
+
+def test_partials_add_slot_by_slot():
+    xp = Symbols()
+    x, y, zero = xp.given("x"), xp.given("y"), xp.zeros_like(xp.given("x"))
+    out = Partial([Reduced("sum", x, True), zero]) + Partial([Reduced("sum", y), zero])
+    assert (out[0].element.form, out[0].exact, out[1].form) == ("{} + {}", True, "0.0")
+    with pytest.raises(AssertionError, match="do not add"):
+        Partial([xp.number(1.0)]) + Partial([zero])
+
+
+def test_what_is_written_is_the_law():
+    """The plain sum of squares for narrow leaves; three bins, summed exactly, for others."""
+    narrow, wide = cuda.measure(TwoNorm(), 0, ("float32",)), cuda.measure(TwoNorm(), 0, ("complex128",))
+    assert re.search(r"= re \* re;\s+add\(s\[1\], v\d+\);\s+}\);", narrow)
+    assert "s[0]," not in narrow.split("gather_float32")[1]
+    assert len(re.findall(r"add\(s\[[012]\], c\[[012]\], v\d+\);", wide)) == 3
+
+
+def test_programs_are_written_once():
+    assert cuda.measure(law(3.0), 1, ("float32",)) is cuda.measure(law(3.0), 1, ("float32",))
+    form = next(forms(2.0))
+    assert cuda.settle(_decide, form) is cuda.settle(_decide, form)
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_long_leaves_hold_every_element_once() -> None:
+    assert cuda_table.TABLE.itemsize == TABLE_BYTES
+    assert TABLE_BYTES + 4 * 8 <= 4096  # and the other parameters
+    lengths = [2**30, 1, 2**30 - 5, 2**28 + 3, 2**30, 65536, 4096, 2**30, 7] + [2**20 + 1] * 600
+    entry = cuda_table.Entry
+    lines = [entry(i % 3, 4096 * i, n, i) for i, n in enumerate(lengths)]
+    lines.sort(key=lambda line: line.kind)
+    held = []
+    for table in cuda_table.tables(lines):
+        n, bits = int(table["leaves"]), int(table["bits"])
+        assert n <= LEAVES
+        ends = [*table["first"][1:n].tolist(), int(table["chunks"])]
+        for i in range(n):
+            chunks = ends[i] - int(table["first"][i])
+            kind = int(np.searchsorted(table["until"], i, side="right"))
+            length = (chunks - 1) * 2**bits + int(table["last"][i]) + 1
+            held.append(entry(kind, int(table["from"][i]), length, int(table["out"][i])))
+    assert held == lines
+
+
+# -- the compiler ----------------------------------------------------------------------------------------------
+
+NEEDED = (70, 75, 80, 86, 89, 90, 100, 103, 120)
+
+
+def _nvrtc() -> Any:
+    """NVRTC as PyPI has it: the library's path is among the distribution's files. Else why there is none."""
+    if "cupycpu" in os.environ.get("LD_PRELOAD", ""):
+        return "emulated devices stand in for NVIDIA's libraries: run this file without them"
+    for name in ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"):
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if re.fullmatch(r"libnvrtc\.so\.\d+|nvrtc64_\d+_0\.dll", file.name):
+                return ctypes.CDLL(str(file.locate()))
+    return "NVRTC is not installed: pip install 'gradclip[nvrtc]'"
+
+
+NVRTC = _nvrtc()
+needs_nvrtc = pytest.mark.skipif(isinstance(NVRTC, str), reason=str(NVRTC))
+
+
+def architectures() -> list[int]:
+    n = ctypes.c_int()
+    assert NVRTC.nvrtcGetNumSupportedArchs(ctypes.byref(n)) == 0
+    found = (ctypes.c_int * n.value)()
+    assert NVRTC.nvrtcGetSupportedArchs(found) == 0
+    return list(found)
+
+
+def compiled(source: str, arch: str, *options: str) -> tuple[bytes, str]:
+    """The machine code (PTX for a virtual architecture; empty if it fails) and the log. CuPy's options are given."""
+    given = [f"-arch={arch}", "-ftz=true", "--device-as-default-execution-space", *options]
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert NVRTC.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
+    status = NVRTC.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*map(str.encode, given)))
+    kind = "ProgramLog", "PTX" if arch.startswith("compute") else "CUBIN"
+    texts = []
+    for what in kind if status == 0 else kind[:1]:
+        assert getattr(NVRTC, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
+        room = ctypes.create_string_buffer(size.value)
+        assert getattr(NVRTC, f"nvrtcGet{what}")(program, room) == 0
+        texts.append(room.raw)
+    NVRTC.nvrtcDestroyProgram(ctypes.byref(program))
+    return texts[1] if status == 0 else b"", texts[0].decode().strip("\0")
+
+
+def forms(p: float) -> Iterator[cuda.Form]:
+    """The forms of a call that differ in the code they need: dtypes, policies, and bounds by value or on the device."""
+    bounds = [("value", None, None), ("array", None, "value"), ("value", "array", "array"), ("array", "value", None)]
+    for (narrow, wide), kinds in itertools.product([(True, False), (False, True)], bounds):
+        yield cuda.Form(law(p), "zero" if wide else "propagate", narrow, wide, _Bounds(*kinds))
+
+
+def programs(p: float) -> Iterator[tuple[str, str, list[str]]]:
+    """Every kernel for a norm: its name, its source and CuPy's options."""
+    rule = law(p)
+    for step in range(len(rule.ops)):
+        yield "gradclip_measure", cuda.measure(rule, step, tuple(KINDS)), []
+        yield "gradclip_settle", cuda.joined(rule, step), []
+    for form in forms(p):
+        yield "gradclip_settle", cuda.settle(_decide, form).source, ["--fmad=false"]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("arch", [a if a in (70, 120) else pytest.param(a, marks=pytest.mark.slow) for a in NEEDED])
+def test_every_kernel_compiles(arch: int, p: float) -> None:
+    if arch not in architectures():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    scaling = [("gradclip_scale", cuda.scale(("float16", "bfloat16", "float32", "float64")), [])] if p == 2 else []
+    for name, source, options in [*programs(p), *scaling]:
+        code, log = compiled(source, f"sm_{arch}", *options)
+        assert code.startswith(b"\x7fELF"), log
+        assert name.encode() in code
+        assert not [line for line in log.splitlines() if line and "deprecated" not in line]
+
+
+@needs_nvrtc
+def test_the_compiler_sees_errors_and_the_table_is_as_the_host_lays_it_out() -> None:
+    source, arch = cuda.scale(("float32",)), max(set(NEEDED) & set(architectures()))
+    code, log = compiled(source.replace("unsigned out[", "u64 out["), f"sm_{arch}")
+    assert code == b""
+    assert "the host lays it out otherwise" in log
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_loads_are_wide_and_the_table_is_not_copied(kind: str) -> None:
+    """16 bytes are loaded and stored at a time, and the table is read where it came: no thread has a copy of it."""
+    for source in (cuda.measure(law(2.0), 0, (kind,)), cuda.scale((kind,))):
+        code, log = compiled(source, "compute_80")
+        assert re.search(rb"ld\.global\.v(4\.u32|2\.[uf]64)", code), log
+        assert b".local" not in code
+        assert b"st.global.v" in code or b"gradclip_measure" in code
