@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from gradclip import _arguments
 from gradclip._dispatch import active, kernels_for, refuse_unwritable
-from gradclip._errors import Culprit, NonFiniteError
+from gradclip._errors import Culprit, NonFiniteError, described
 from gradclip._kernels.generic import Kernels, dtype_name
 from gradclip._norms import Law, law
 from gradclip._numbers import Measured, to_float32
-from gradclip._types import AllReduce, Array, Clipped, Leaf, Nonfinite, Scalar, Tree
+from gradclip._types import AllReduce, Array, Call, Clipped, Leaf, Nonfinite, Scalar, Tree
 
 T = TypeVar("T")
 
@@ -61,9 +61,11 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     >>> float(global_norm([np.float32([3e38]), {"b": np.float32([4e30])}]))
     3.0000000054977558e+38
     """
-    p = law(_arguments.norm_type(norm_type))
-    leaves, _ = active(grads)
-    return _plan(leaves, kernels_for(leaves), p, "propagate", _Bounds(), all_reduce).norm
+    norm_type = _arguments.norm_type(norm_type)
+    leaves, rebuild = active(grads)
+    kernels = kernels_for(leaves)
+    call = _arguments.shards(all_reduce, leaves, rebuild, norm_type, "propagate")
+    return _plan(leaves, kernels, law(norm_type), "propagate", _Bounds(), call).norm
 
 
 def clip_grad_norm(
@@ -122,10 +124,11 @@ def clip_grad_norm(
     ({'w': array([3., 4.]), 'b': None}, 10.0)
     """
     bounds = _Bounds.checked(max_norm, norm, divide_by)
-    nonfinite, p = _arguments.policy(nonfinite), law(_arguments.norm_type(norm_type))
+    nonfinite, norm_type = _arguments.policy(nonfinite), _arguments.norm_type(norm_type)
     leaves, rebuild = active(grads)
     kernels = kernels_for(leaves, bounds)
-    plan = _plan(leaves, kernels, p, nonfinite, bounds, all_reduce)
+    call = None if norm is not None else _arguments.shards(all_reduce, leaves, rebuild, norm_type, nonfinite)
+    plan = _plan(leaves, kernels, law(norm_type), nonfinite, bounds, call)
     with kernels.quiet():
         return Clipped(rebuild(kernels.scale(plan.arrays, plan.factor, plan.shift)), plan.norm)
 
@@ -168,11 +171,12 @@ def clip_grad_norm_(
             raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
         nonfinite = "error"
     bounds = _Bounds.checked(max_norm, norm, divide_by)
-    nonfinite, p = _arguments.policy(nonfinite), law(_arguments.norm_type(norm_type))
-    leaves, _ = active(grads)
+    nonfinite, norm_type = _arguments.policy(nonfinite), _arguments.norm_type(norm_type)
+    leaves, rebuild = active(grads)
     kernels = kernels_for(leaves, bounds)
     refuse_unwritable(leaves, kernels, "clip_grad_norm")
-    plan = _plan(leaves, kernels, p, nonfinite, bounds, all_reduce)
+    call = None if norm is not None else _arguments.shards(all_reduce, leaves, rebuild, norm_type, nonfinite)
+    plan = _plan(leaves, kernels, law(norm_type), nonfinite, bounds, call)
     with kernels.quiet():
         once = {kernels.shares(x): x for x in plan.arrays}
         kernels.scale_into(list(once.values()), plan.factor, plan.shift)
@@ -210,17 +214,21 @@ def _plan(
     p: Law,
     nonfinite: Nonfinite,
     bounds: _Bounds,
-    all_reduce: AllReduce | None,
+    all_reduce: Call | None,
 ) -> _Plan:
     """Measure the gradients, decide on the factor, and raise if the policy asks for it."""
     with kernels.quiet():
         arrays = [kernels.adopt(leaf.value) for leaf in leaves]
         acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
         numbers = _Bounds(*(None if x is None else kernels.number(x, acc, home) for x in bounds))
+        if all_reduce is not None:
+            all_reduce.wide = kernels.reported(arrays) == kernels.xp.float64
         decide = _decide if all_reduce is not None else kernels.staged(_decide, arrays)
-        norm, factor, shift, root = decide(kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce)
+        norm, factor, shift, root, total = decide(
+            kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce
+        )
         if nonfinite == "error":
-            _raise_if_bad(kernels, leaves, arrays, norm, root)
+            _raise_if_bad(kernels, leaves, arrays, norm, root, total, all_reduce)
     return _Plan(arrays, kernels.report(norm), factor, shift)
 
 
@@ -231,8 +239,8 @@ def _decide(
     *,
     law: Law,
     nonfinite: Nonfinite,
-    all_reduce: AllReduce | None,
-) -> tuple[Array, Array, Array | None, Array]:
+    all_reduce: Call | None,
+) -> tuple[Array, Array, Array | None, Array, Array]:
     """The policy: every row of the table of cases, as one factor. Nothing in here waits for a device."""
     xp, acc = kernels.xp, kernels.accumulation(arrays)
     max_norm, divisor = bounds.max_norm, bounds.divide_by
@@ -244,7 +252,8 @@ def _decide(
             norm = bounds.norm
             total = norm if divisor is None else norm.multiplied(xp, divisor)
         value = norm.value(xp)
-        reported = to_float32(xp, value) if kernels.reported(arrays) == xp.float32 else value
+        wide = kernels.reported(arrays) == xp.float64 or (all_reduce is not None and all_reduce.wide)
+        reported = value if wide else to_float32(xp, value)
         one = xp.ones_like(value)
         bound = Measured(xp.maximum(max_norm.root, 0 * one), max_norm.exponent)  # NaN stays NaN
         # Both: a norm that was rounded up or down for the report must not make the difference.
@@ -259,11 +268,22 @@ def _decide(
         factor = xp.where(xp.isnan(bound.root), bound.root, factor)
         root = total.root if divisor is None else xp.where(xp.abs(divisor.root) > 0, total.root, math.nan * one)
         factor = xp.where(xp.isfinite(root), factor, (0 if nonfinite == "zero" else math.nan) * one)
-        return reported, factor, shift, root
+        return reported, factor, shift, root, total.root
 
 
-def _raise_if_bad(kernels: Kernels, leaves: list[Leaf], arrays: list[Array], norm: Array, root: Array) -> None:
-    """Raise NonFiniteError if `root` is not finite: one number is read, and the leaves only if it is bad."""
+def _raise_if_bad(
+    kernels: Kernels,
+    leaves: list[Leaf],
+    arrays: list[Array],
+    norm: Array,
+    root: Array,
+    total: Array,
+    call: Call | None,
+) -> None:
+    """Raise NonFiniteError if `root` is not finite: one number is read, and the leaves only if it is bad.
+
+    `total` is the same on all shards, so that they ask each other for culprits either all or none.
+    """
     if kernels.is_traced([*arrays, root]):
         for leaf, x in zip(leaves, arrays, strict=True):
             kernels.insist(x, leaf.path)
@@ -276,5 +296,10 @@ def _raise_if_bad(kernels: Kernels, leaves: list[Leaf], arrays: list[Array], nor
         nans, infs = kernels.census(x)
         if nans or infs:
             culprits.append(Culprit(leaf.path, f"{dtype_name(x)}, shape {tuple(x.shape)}", nans, infs))
-    hint = "" if culprits else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
-    raise NonFiniteError(str(kernels.read(norm, float)), culprits, hint)
+    shards: list[str] = []
+    if call is not None and not math.isfinite(kernels.read(total, float)):
+        shards = call.gather("\n".join(described(culprits)))
+    hint = (
+        "" if culprits or any(shards) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
+    )
+    raise NonFiniteError(str(kernels.read(norm, float)), culprits, hint, shards)

@@ -26,6 +26,14 @@ MODULES = sorted(
     if path.name != "__main__.py"  # a program
 )
 
+#: Engines, and `gradclip.distributed`, whose example with JAX is run.
+NEEDS = {
+    "gradclip.distributed": "jax",
+    "gradclip.distributed._jax": "jax",
+    "gradclip.distributed._mpi": "mpi4py",
+    "gradclip.distributed._nccl": "cupy",
+}
+
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)
 LEFT_OUT = re.compile(r"<!-- not run: (?P<reason>[^\n]*\S) -->\s*\Z")
 SHOWN = {"text", "output"}
@@ -91,8 +99,8 @@ def run_markdown(text: str, name: str) -> int:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
-    library = name.rpartition("._kernels.")[2]
-    if library in MISSING or (library in ("cupy", "jax") and importlib.util.find_spec(library) is None):
+    library = NEEDS.get(name) or name.rpartition("._kernels.")[2]
+    if library in MISSING or (library in ("cupy", *NEEDS.values()) and importlib.util.find_spec(library) is None):
         pytest.skip(f"{name} needs {library}: {MISSING.get(library, 'not installed')}")
     module = importlib.import_module(name)
     report = io.StringIO()

@@ -10,13 +10,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any
 
 import array_api_compat
 
 from gradclip._norms import Law, identity, join
 from gradclip._numbers import RANGES, Measured, Parts, host_split, moderate, quotient
-from gradclip._types import AllReduce, Array, Namespace
+from gradclip._types import Array, Call, Namespace, ReduceOp
 
 #: Every dtype that can be clipped, and how many bits one of its real components has.
 COMPONENT_BITS = {
@@ -193,21 +194,27 @@ class Kernels:
         """What leaves on one device contribute to one pass: one partial or several."""
         return [self.partial(leaf, law, acc, seen) for leaf in leaves]
 
-    def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> Measured:
+    def counted(self, partial: Array, op: ReduceOp, counts: Any) -> Array:
+        """A partial where this shard counts it, else what joins without effect: selected, for 0 * NaN is NaN."""
+        return partial if counts is True else self.xp.where(counts, partial, self.xp.full_like(partial, identity(op)))
+
+    def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: Call | None) -> Measured:
         """The norm of all leaves as one vector, on the first leaf's device."""
         devices = self.devices(leaves)
         home = devices[0]
-        leaves = [x for x in leaves if 0 not in x.shape]
+        groups = {None: leaves} if all_reduce is None else all_reduce.groups(leaves)
         narrow = all_reduce is None and all(self.is_narrow(x, acc) for x in leaves)  # other shards may be wide
         seen: tuple[Array, ...] = ()
         for op, size in zip(law.ops, law.sizes, strict=True):
             partials = []
-            for device in devices:
-                here = leaves if len(devices) == 1 else [x for x in leaves if self.device(x) == device]
-                if here:
+            for device, (kind, group) in product(devices, groups.items()):
+                here = [x for x in group if 0 not in x.shape and (len(devices) == 1 or self.device(x) == device)]
+                counts = all_reduce is None or (bool(here) and all_reduce.counts(kind, here[0]))
+                if here and counts is not False:
                     with self.on(device):
                         known = tuple(self.move(x, device) for x in seen)
-                        partials += [self.move(p, home) for p in self.partials(here, law, acc, known)]
+                        found = [self.counted(p, op, counts) for p in self.partials(here, law, acc, known)]
+                        partials += [self.move(p, home) for p in found]
             with self.on(home):
                 if not partials:
                     partials = [self.xp.stack([self.full(identity(op), acc, home)] * size)]
