@@ -134,6 +134,21 @@ def test_readme():
     assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(blocks(text)), "a fence that is not closed"
 
 
+@pytest.mark.parametrize("name", ["sharding.md", "cost-model.md"])
+def test_pages(name):
+    path = README.parent / "docs" / name
+    if not path.is_file():
+        pytest.skip(f"docs/{name} is not beside the tests")
+    jax = pytest.importorskip("jax", reason=f"docs/{name} needs jax")
+    if len(jax.devices()) < 4:
+        pytest.skip(f"docs/{name} needs 4 devices")
+    text = path.read_text(encoding="utf-8")
+    run_markdown(text, f"docs/{name}")
+    assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(blocks(text)), "a fence that is not closed"
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / target).is_file(), f"docs/{name} links to {target}"
+
+
 GOOD = """
 # Title
 
