@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import gradclip
+from launch import MISSING, ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "mpi.py"
-MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-MISSING = [name for name in ("mpi4py", "mpmath") if importlib.util.find_spec(name) is None]
-if MPIEXEC is None:
-    MISSING.append("mpiexec (of an MPI, for example the package mpich)")
-
 pytestmark = [
     pytest.mark.library("numpy"),
     pytest.mark.skipif(bool(MISSING), reason=f"MPI: not installed: {', '.join(MISSING)}"),
@@ -33,32 +23,9 @@ CASES = (
     "communicators",
     "drift",
     "two_communicators",
+    "expert_groups",
     "disjoint_parts",
 )
-
-
-def environment() -> dict[str, str]:
-    """For several ranks on few cores, as root too; MPICH needs none of it, Open MPI does."""
-    here = str(Path(gradclip.__file__).resolve().parents[1])
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "JAX_PLATFORMS": "cpu",
-    }
-
-
-def ranks(n: int, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """`mpiexec -n N python ARGS`, warnings as errors."""
-    command = [str(MPIEXEC), "-n", str(n), sys.executable, "-W", "error", *args]
-    return subprocess.run(
-        command, env=environment(), capture_output=True, encoding="utf-8", timeout=timeout, check=False
-    )
 
 
 def said(case: str, n: int = 4) -> set[str]:

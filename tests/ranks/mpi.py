@@ -234,6 +234,21 @@ def two_communicators() -> None:
         assert len({float(x).hex() for x in everyones(out.norm)}) == 1
 
 
+def expert_groups() -> None:
+    """Two groups, each with all experts; the rest is on all ranks. One group holds every leaf once."""
+    if size != 4:
+        return
+    group = MPI.COMM_WORLD.Split(rank // 2)
+    experts = [np.random.default_rng(i).standard_normal(6) * 10 for i in range(2)]
+    rest = np.random.default_rng(9).standard_normal(5)
+    grads = {"experts": experts[rank % 2].copy(), "rest": rest.copy()}
+    for p in ORDERS:
+        out = gradclip.clip_grad_norm(grads, 0.5, p, all_reduce=mpi(group, {"experts": False, "rest": True}))
+        exact.check_norm(out.norm, exact.norm([*experts, rest], p), "float64", 8)
+        assert len({float(x).hex() for x in everyones(out.norm)}) == 1, "the groups agree, too"
+        assert len(set(everyones(out.grads["rest"].tobytes()))) == 1
+
+
 def disjoint_parts() -> None:
     """A pipeline stage that clips its parts one after the other, by a norm joined once."""
     first, second = [np.array([3.0 + rank])], {"w": np.array([4.0 - rank, 1.0])}
