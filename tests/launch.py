@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,18 @@ def environment() -> dict[str, str]:
 def ranks(n: int, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """`mpiexec -n N python ARGS`, warnings as errors."""
     command = [str(MPIEXEC), "-n", str(n), sys.executable, "-W", "error", *args]
-    return subprocess.run(
-        command, env=environment(), capture_output=True, encoding="utf-8", timeout=timeout, check=False
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
     )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:  # ranks that wait for each other hold the pipes open: all of them must go
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -228,12 +228,14 @@ def test_what_is_told_goes_before_what_jax_tracks(mesh: Any) -> None:
             gradclip.global_norm([ones], all_reduce=psum(AXES)),
             gradclip.global_norm([ones], all_reduce=psum(AXES, [frozenset(AXES)])),
             gradclip.global_norm([copy], all_reduce=psum(AXES, P())),
+            gradclip.global_norm([g], all_reduce=psum(AXES, frozenset(AXES))),  # to JAX the same along "data"
         )
 
-    as_tracked, as_shards, as_copies = over(mesh, norms, specs=P("model"))(jnp.float32([3, 4]))
+    as_tracked, as_shards, as_copies, as_others = over(mesh, norms, specs=P("model"))(jnp.float32([3, 4]))
     assert float(as_tracked) == float(np.sqrt(np.float32(3)))
     assert float(as_shards) == float(np.sqrt(np.float32(12)))
     assert float(as_copies) == 5.0
+    assert float(as_others) == float(np.sqrt(np.float32(50)))
 
 
 def test_mistakes(mesh: Any) -> None:

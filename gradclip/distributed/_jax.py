@@ -50,9 +50,10 @@ class Psum(Engine):
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         if not isinstance(partial, jax.Array):  # constants, which count once, are all that there is
             return partial
-        for axis in self.axes:
-            self._index(axis)
-        return _COLLECTIVES[op](partial, self.axes)
+        varying = _varying(partial)
+        # Told to vary where JAX tracks that it does not: JAX takes all of the axes or none.
+        missing = tuple(axis for axis in self.axes if axis in _varying(self._index(axis)) and axis not in varying)
+        return _COLLECTIVES[op](_cast(partial, missing) if missing else partial, self.axes)
 
     def _index(self, axis: str) -> Array:
         """This device's index on an axis, which varies over that axis where JAX tracks it."""
@@ -77,6 +78,11 @@ class Psum(Engine):
             if name not in self.axes:
                 self._index(name)  # a misspelt name must not pass as "varies over nothing"
         return frozenset(names)
+
+
+def _cast(x: Array, axes: tuple[str, ...]) -> Array:
+    """The same value, typed as varying over these axes, too. JAX 0.7 calls it `pvary`."""
+    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
 
 
 def _varying(x: Array) -> frozenset[str]:
