@@ -35,8 +35,8 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     norm_type : float, static
         p: any real number, `inf` (largest magnitude), `-inf` (smallest), 0 (number of non-zero elements).
     all_reduce : callable, optional
-        ``all_reduce(partial, op)`` joins a small array with those of the other shards, element by element,
-        by op "sum", "max" or "min".
+        Where the gradients are sharded: ``all_reduce(partial, op)`` joins a small array with those of the other
+        shards, element by element, by op "sum", "max" or "min". `gradclip.distributed` makes them.
 
     Returns
     -------
@@ -48,6 +48,8 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     ------
     LeafError
         For a leaf that is no dense floating-point or complex array.
+    TypeError
+        For an `all_reduce` that is not callable.
 
     Notes
     -----
