@@ -80,7 +80,7 @@ def tree(xp: Any, rank: int) -> tuple[Any, list[np.ndarray]]:
     return xp.tree({"own": parts[rank], "copies": {"a": copies[0], "b": [copies[1], None]}}), [*parts, *copies]
 
 
-@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF, -INF, 0.0, -2.0])
+@pytest.mark.parametrize("p", [2.0, 3.0, -INF])
 def test_copies_count_once(xp: Any, p: float) -> None:
     def clip(rank: int, engine: Engineered) -> Any:
         return gradclip.clip_grad_norm(tree(xp, rank)[0], 0.5, p, nonfinite="zero", all_reduce=engine)

@@ -96,10 +96,7 @@ def test_replicated_leaves_count_once(mesh: Any, p: float, vma: bool) -> None:
     check_clipped(clipped, grads, min(1.0, float(0.25 / want)))
 
 
-@pytest.mark.parametrize(
-    ("p", "vma"),
-    [(2.0, True), (2.0, False), (1.0, True), (3.0, True), (3.0, False), (INF, True), (INF, False), (-INF, True)],
-)
+@pytest.mark.parametrize(("p", "vma"), [(2.0, True), (2.0, False), (3.0, True), (INF, False), (-INF, True)])
 def test_derivatives_are_those_of_one_device(mesh: Any, p: float, vma: bool) -> None:
     """Through the factor and the norm, for leaves of every kind; `P()` leaves get the gradient of one copy."""
     grads = gradients(1)
@@ -150,6 +147,26 @@ def test_one_axis_of_two(mesh: Any) -> None:
         over(mesh, lambda g: gradclip.global_norm(g, all_reduce=psum("model")))(grads)
 
 
+def test_inside_other_transforms(mesh: Any) -> None:
+    """A vmap for examples inside, and an axis outside that the compiler keeps to itself."""
+    rows, shared = jnp.arange(24.0).reshape(3, 8), jnp.ones((3, 2))
+
+    def each(g: Any, b: Any) -> Any:
+        return jax.vmap(lambda g, b: gradclip.global_norm([g, b], all_reduce=psum(AXES)))(g, b)
+
+    specs = (P(None, "model"), P())
+    norms = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=P()))(rows, shared)
+    for norm, row, b in zip(norms, rows, shared, strict=True):
+        exact.check_norm(norm, exact.norm(leaves([row, b])), "float32")
+
+    def manual_over_model(g: Any, b: Any) -> Any:
+        return gradclip.global_norm([g, b], all_reduce=psum("model"))
+
+    some = jax.shard_map(manual_over_model, mesh=mesh, in_specs=specs, out_specs=P(), axis_names={"model"})
+    placed = jax.device_put(rows[:2], NamedSharding(mesh, P(*AXES)))
+    exact.check_norm(jax.jit(some)(placed, shared), exact.norm(leaves([rows[:2], shared])), "float32")
+
+
 def test_no_leaves_and_numpy_leaves(mesh: Any) -> None:
     """NumPy's arrays are constants of the program, the same on all devices: they count once, alone and beside JAX's."""
     grads = gradients()
@@ -189,8 +206,7 @@ def test_untracked_axes_must_be_told(mesh: Any) -> None:
         jax.vmap(lambda a: gradclip.global_norm({"a": a, "b": a}, all_reduce=engine), axis_name="batch")(rows)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "pmap"])
-@pytest.mark.parametrize("p", [2.0, 3.0, INF, 0.0])
+@pytest.mark.parametrize(("transform", "p"), [("vmap", 2.0), ("vmap", INF), ("pmap", 2.0), ("pmap", 3.0)])
 def test_vmap_and_pmap_that_are_told(transform: str, p: float) -> None:
     if not hasattr(jax, transform):
         pytest.skip(f"this JAX has no {transform}")
@@ -258,8 +274,7 @@ def test_mistakes(mesh: Any) -> None:
 # -- policies ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["both", "model", "none"])
-@pytest.mark.parametrize("bad", [math.nan, INF])
+@pytest.mark.parametrize(("place", "bad"), [("both", math.nan), ("model", INF), ("none", math.nan)])
 def test_policies_are_the_same_on_all_devices(mesh: Any, place: str, bad: float) -> None:
     """One bad element on one device, or in a copy on all, of which only one device's counts."""
     grads = gradients()
