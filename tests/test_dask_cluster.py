@@ -14,12 +14,11 @@ import gradclip
 
 SCRIPT = Path(__file__).parent / "ranks" / "dask_cluster.py"
 
+MISSING = [name for name in ("dask", "distributed") if importlib.util.find_spec(name) is None]
+
 pytestmark = [
     pytest.mark.library("dask"),
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("dask", "distributed")),
-        reason="Dask's cluster: not installed: dask, distributed",
-    ),
+    pytest.mark.skipif(bool(MISSING), reason=f"Dask's cluster: not installed: {', '.join(MISSING)}"),
 ]
 
 

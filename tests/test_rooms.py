@@ -322,6 +322,18 @@ def test_public_functions_are_typed(name):
     assert signature.return_annotation is not signature.empty
 
 
+@pytest.mark.parametrize("name", sorted(set(gradclip.distributed.__all__) - {"Engine"}))
+def test_makers_of_all_reduce_are_typed_and_described(name):
+    maker = getattr(gradclip.distributed, name)
+    doc = inspect.getdoc(maker) or ""
+    assert {"Parameters", "Returns", "Raises", "Notes", "Examples"} <= set(re.findall(r"^(\w+)\n-+$", doc, re.M))
+    described = set(re.findall(r"^(\w+) : ", doc.split("Parameters\n----------\n")[1].split("\n\n")[0], re.M))
+    signature = inspect.signature(maker)
+    assert set(signature.parameters) == described
+    assert all(p.annotation is not p.empty for p in signature.parameters.values())
+    assert signature.return_annotation == "Engine"
+
+
 def test_the_package_is_marked_as_typed():
     assert (ROOT / "py.typed").is_file()
 

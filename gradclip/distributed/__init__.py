@@ -131,8 +131,8 @@ def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engin
     Examples
     --------
     >>> from mpi4py import MPI  # doctest: +SKIP
-    >>> gradclip.clip_grad_norm(grads, 1.0, all_reduce=mpi(MPI.COMM_WORLD, {"expert": False, "router": True}))
-    ... # doctest: +SKIP
+    >>> joined = mpi(MPI.COMM_WORLD, replicated={"expert": False, "router": True})  # doctest: +SKIP
+    >>> grads, norm = gradclip.clip_grad_norm(grads, 1.0, all_reduce=joined)  # doctest: +SKIP
     """
     from gradclip.distributed._mpi import Mpi
 
