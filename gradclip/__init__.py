@@ -7,6 +7,7 @@
 (array([0.6, 0.8]), 5.0)
 """
 
+from gradclip import distributed as distributed
 from gradclip._clip import clip_grad_norm, clip_grad_norm_, global_norm
 from gradclip._clip_value import clip_grad_value, clip_grad_value_
 from gradclip._errors import LeafError, NonFiniteError

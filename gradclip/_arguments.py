@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from gradclip._dispatch import host_number, is_nothing, is_real, library, on_host
 from gradclip._tree import Flat, is_container, spread
-from gradclip._types import Nonfinite, Scalar
+from gradclip._types import Call, Engine, Leaf, Nonfinite, Scalar
 
 
 def norm_type(p: Any) -> float:
@@ -53,6 +53,25 @@ def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True
     if value.shape != ():
         raise ValueError(f"{name} must be {wanted} or a 0-d array, got an array of shape {tuple(value.shape)}")
     return value
+
+
+def shards(all_reduce: Any, flat: Flat, norm_type: float, nonfinite: Nonfinite) -> Call | None:
+    """`all_reduce` and what it is to know about this call: for an `Engine`, which leaves have copies elsewhere."""
+    if all_reduce is None:
+        return None
+    if not callable(all_reduce):
+        raise TypeError(
+            f"all_reduce must be a callable (partial, op) -> joined, got {all_reduce!r}: "
+            "take one of gradclip.distributed, for example psum('data')"
+        )
+    kinds: list[Any] = [None] * len(flat.values)
+    if isinstance(all_reduce, Engine):
+        told = kinds
+        if all_reduce.told is not None:
+            told = spread(all_reduce.told, flat.rebuild(flat.values), all_reduce.telling, lambda x: False, is_nothing)
+        leaves = map(Leaf, flat.paths(), flat.values)
+        kinds = [all_reduce.kind(leaf, entry) for leaf, entry in zip(leaves, told, strict=True)]
+    return Call(all_reduce, kinds, norm_type, nonfinite)
 
 
 def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:

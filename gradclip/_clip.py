@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from gradclip import _arguments
 from gradclip._dispatch import active, kernels_for, refuse_unwritable
-from gradclip._errors import Culprit, NonFiniteError
+from gradclip._errors import Culprit, NonFiniteError, described
 from gradclip._kernels.dtypes import dtype_name
 from gradclip._kernels.generic import Kernels
 from gradclip._norms import Law, law
 from gradclip._numbers import Measured, to_float32
 from gradclip._tree import Flat
-from gradclip._types import AllReduce, Array, Clipped, Nonfinite, Scalar, Tree
+from gradclip._types import AllReduce, Array, Call, Clipped, Nonfinite, Scalar, Tree
 
 T = TypeVar("T")
 
@@ -38,8 +38,8 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     norm_type : float, static
         p: any real number, `inf` (largest magnitude), `-inf` (smallest), 0 (number of non-zero elements).
     all_reduce : callable, optional
-        ``all_reduce(partial, op)`` joins a small array with those of the other shards, element by element,
-        by op "sum", "max" or "min".
+        Where the gradients are sharded: ``all_reduce(partial, op)`` joins a small array with those of the other
+        shards, element by element, by op "sum", "max" or "min". `gradclip.distributed` makes them.
 
     Returns
     -------
@@ -51,6 +51,8 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     ------
     LeafError
         For a leaf that is no dense floating-point or complex array.
+    TypeError
+        For an `all_reduce` that is not callable.
 
     Notes
     -----
@@ -64,9 +66,11 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     >>> float(global_norm([np.float32([3e38]), {"b": np.float32([4e30])}]))
     3.0000000054977558e+38
     """
-    p = law(_arguments.norm_type(norm_type))
+    norm_type = _arguments.norm_type(norm_type)
     flat = active(grads)
-    return _plan(flat, kernels_for(flat), p, "propagate", _Bounds(), all_reduce).norm
+    kernels = kernels_for(flat)
+    call = _arguments.shards(all_reduce, flat, norm_type, "propagate")
+    return _plan(flat, kernels, law(norm_type), "propagate", _Bounds(), call).norm
 
 
 def clip_grad_norm(
@@ -125,10 +129,11 @@ def clip_grad_norm(
     ({'w': array([3., 4.]), 'b': None}, 10.0)
     """
     bounds = _Bounds.checked(max_norm, norm, divide_by)
-    nonfinite, p = _arguments.policy(nonfinite), law(_arguments.norm_type(norm_type))
+    nonfinite, norm_type = _arguments.policy(nonfinite), _arguments.norm_type(norm_type)
     flat = active(grads)
     kernels = kernels_for(flat, bounds)
-    plan = _plan(flat, kernels, p, nonfinite, bounds, all_reduce)
+    call = None if norm is not None else _arguments.shards(all_reduce, flat, norm_type, nonfinite)
+    plan = _plan(flat, kernels, law(norm_type), nonfinite, bounds, call)
     with kernels.quiet():
         return Clipped(flat.rebuild(kernels.scale(plan.arrays, plan.factor, plan.shift)), plan.norm)
 
@@ -171,11 +176,12 @@ def clip_grad_norm_(
             raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
         nonfinite = "error"
     bounds = _Bounds.checked(max_norm, norm, divide_by)
-    nonfinite, p = _arguments.policy(nonfinite), law(_arguments.norm_type(norm_type))
+    nonfinite, norm_type = _arguments.policy(nonfinite), _arguments.norm_type(norm_type)
     flat = active(grads)
     kernels = kernels_for(flat, bounds)
     refuse_unwritable(flat, kernels, "clip_grad_norm")
-    plan = _plan(flat, kernels, p, nonfinite, bounds, all_reduce)
+    call = None if norm is not None else _arguments.shards(all_reduce, flat, norm_type, nonfinite)
+    plan = _plan(flat, kernels, law(norm_type), nonfinite, bounds, call)
     with kernels.quiet():
         kernels.scale_into(kernels.distinct(plan.arrays), plan.factor, plan.shift)
     return plan.norm
@@ -212,17 +218,21 @@ def _plan(
     p: Law,
     nonfinite: Nonfinite,
     bounds: _Bounds,
-    all_reduce: AllReduce | None,
+    all_reduce: Call | None,
 ) -> _Plan:
     """Measure the gradients, decide on the factor, and raise if the policy asks for it."""
     with kernels.quiet():
         arrays = kernels.adopted(flat.values)
         acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
+        if all_reduce is not None:
+            all_reduce.wide = kernels.reported(arrays) == kernels.xp.float64
         numbers = _Bounds(*(None if x is None else kernels.argument(x, acc, home) for x in bounds))
         decide = kernels.staged(_decide, arrays, all_reduce)
-        norm, factor, shift, root = decide(kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce)
+        norm, factor, shift, root, total = decide(
+            kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce
+        )
         if nonfinite == "error":
-            _raise_if_bad(kernels, flat, arrays, norm, root)
+            _raise_if_bad(kernels, flat, arrays, norm, root, total, all_reduce)
     return _Plan(arrays, kernels.report(norm), factor, shift)
 
 
@@ -233,8 +243,8 @@ def _decide(
     *,
     law: Law,
     nonfinite: Nonfinite,
-    all_reduce: AllReduce | None,
-) -> tuple[Array, Array, Array | None, Array]:
+    all_reduce: Call | None,
+) -> tuple[Array, Array, Array | None, Array, Array]:
     """The policy: every row of the table of cases, as one factor. Nothing in here waits for a device."""
     xp, acc = kernels.xp, kernels.accumulation(arrays)
     max_norm, divisor = bounds.max_norm, bounds.divide_by
@@ -246,7 +256,8 @@ def _decide(
             norm = bounds.norm
             total = norm if divisor is None else norm.multiplied(xp, divisor)
         value = norm.value(xp)
-        reported = to_float32(xp, value) if kernels.reported(arrays) == xp.float32 else value
+        wide = kernels.reported(arrays) == xp.float64 or (all_reduce is not None and all_reduce.wide)
+        reported = value if wide else to_float32(xp, value)
         one = xp.ones_like(value)
         bound = Measured(xp.maximum(max_norm.root, 0 * one), max_norm.exponent)  # NaN stays NaN
         # Both: a norm that was rounded up or down for the report must not make the difference.
@@ -261,11 +272,22 @@ def _decide(
         factor = xp.where(xp.isnan(bound.root), bound.root, factor)
         root = total.root if divisor is None else xp.where(xp.abs(divisor.root) > 0, total.root, math.nan * one)
         factor = xp.where(xp.isfinite(root), factor, (0 if nonfinite == "zero" else math.nan) * one)
-        return reported, factor, shift, root
+        return reported, factor, shift, root, total.root
 
 
-def _raise_if_bad(kernels: Kernels, flat: Flat, arrays: Sequence[Array], norm: Array, root: Array) -> None:
-    """Raise NonFiniteError if `root` is not finite: one number is read, and the leaves only if it is bad."""
+def _raise_if_bad(
+    kernels: Kernels,
+    flat: Flat,
+    arrays: Sequence[Array],
+    norm: Array,
+    root: Array,
+    total: Array,
+    call: Call | None,
+) -> None:
+    """Raise NonFiniteError if `root` is not finite: one number is read, and the leaves only if it is bad.
+
+    `total` is the same on all shards, so that they ask each other for culprits either all or none.
+    """
     if kernels.is_traced([*arrays, root]):
         for path, x in zip(flat.paths(), arrays, strict=True):
             kernels.insist(x, path)
@@ -278,5 +300,10 @@ def _raise_if_bad(kernels: Kernels, flat: Flat, arrays: Sequence[Array], norm: A
         nans, infs = kernels.census(x)
         if nans or infs:
             culprits.append(Culprit(path, f"{dtype_name(x)}, shape {tuple(x.shape)}", nans, infs))
-    hint = "" if culprits else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
-    raise NonFiniteError(str(kernels.read(norm, float)), culprits, hint)
+    shards: list[str] = []
+    if call is not None and not math.isfinite(kernels.read(total, float)):
+        shards = call.gather("\n".join(described(culprits)))
+    hint = (
+        "" if culprits or any(shards) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
+    )
+    raise NonFiniteError(str(kernels.read(norm, float)), culprits, hint, shards)

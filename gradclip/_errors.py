@@ -21,6 +21,12 @@ class Culprit(NamedTuple):
     infs: int
 
 
+def described(culprits: Sequence[Culprit]) -> list[str]:
+    """The first of them, a line each."""
+    lines = [f"  {c.path} ({c.description}): {c.nans} NaN, {c.infs} inf" for c in culprits[:_SHOWN]]
+    return lines if len(culprits) <= _SHOWN else [*lines, f"  and {len(culprits) - _SHOWN} more leaves"]
+
+
 class NonFiniteError(FloatingPointError, RuntimeError):
     """The gradients hold inf or NaN, and the caller asked for an error.
 
@@ -29,16 +35,20 @@ class NonFiniteError(FloatingPointError, RuntimeError):
     Attributes
     ----------
     culprits : tuple of Culprit
-        The bad leaves: key path, dtype and shape, how many NaN, how many inf.
+        The bad leaves: key path, dtype and shape, how many NaN, how many inf. With shards, those of this shard;
+        the message tells the others'.
     """
 
-    def __init__(self, norm: str, culprits: Sequence[Culprit], hint: str = "") -> None:
+    def __init__(self, norm: str, culprits: Sequence[Culprit], hint: str = "", shards: Sequence[str] = ()) -> None:
         self.culprits = tuple(culprits)
         lines = [f"the gradients are not finite: their global norm is {norm}"]
-        for c in self.culprits[:_SHOWN]:
-            lines.append(f"  {c.path} ({c.description}): {c.nans} NaN, {c.infs} inf")
-        if len(self.culprits) > _SHOWN:
-            lines.append(f"  and {len(self.culprits) - _SHOWN} more leaves")
+        bad = [(rank, text) for rank, text in enumerate(shards) if text]
+        for rank, text in bad[:_SHOWN]:
+            lines += [f"  rank {rank} of {len(shards)}:", *(f"  {line}" for line in text.split("\n"))]
+        if len(bad) > _SHOWN:
+            lines.append(f"  and {len(bad) - _SHOWN} more ranks")
+        if not shards:
+            lines += described(culprits)
         if hint:
             lines.append(f"  {hint}")
         lines.append(

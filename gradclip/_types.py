@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 Array: TypeAlias = Any
@@ -37,3 +38,72 @@ class Clipped(NamedTuple, Generic[T]):
 
     norm: Array
     """The global norm before clipping (after `divide_by`), a 0-d array."""
+
+
+class Leaf(NamedTuple):
+    """One leaf of a tree and how a reader would write the way to it: `grads['encoder'][3].weight`."""
+
+    path: str
+    value: Any
+
+
+class Engine:
+    """An `all_reduce` that tells gradclip more than how partials join; a plain callable answers as this class does.
+
+    `gradclip.distributed` holds the ready ones, and says what each method is for to those who write another.
+    """
+
+    told: Tree = None
+    """What the caller said about each leaf: a tree prefix of the gradients, each entry handed to `kind`."""
+
+    telling: str = "told"
+    """The name of the argument that `told` came by, for messages."""
+
+    def kind(self, leaf: Leaf, told: Any) -> Hashable:
+        """Which shards hold copies of this leaf: leaves of one kind are counted alike. Called before any work."""
+        return None
+
+    def counts(self, kind: Hashable, like: Array) -> Any:
+        """Whether this shard counts its leaves of that kind: True, False, or a 0-d array that goes with `like`."""
+        return True
+
+    def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
+        """The partials of all shards as one, the same on every shard. `call`: what all of them must agree on."""
+        raise NotImplementedError
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all shards, by rank: only called when each of them knows that the gradients are not finite."""
+        return []
+
+    def __call__(self, partial: Array, op: ReduceOp) -> Array:
+        """As a plain `all_reduce`."""
+        return self.join(partial, op, Call(self, ()))
+
+
+@dataclass(eq=False)
+class Call:
+    """The shards' side of one call: the engine, or a plain callable, and what it should know."""
+
+    all_reduce: AllReduce
+    kinds: Sequence[Hashable]  # one for each leaf
+    norm_type: float = 2.0
+    nonfinite: Nonfinite = "propagate"
+    wide: bool = False  # whether the norm is float64; an engine sets it where another shard's is
+
+    def __call__(self, partial: Array, op: ReduceOp) -> Array:
+        if isinstance(self.all_reduce, Engine):
+            return self.all_reduce.join(partial, op, self)
+        return self.all_reduce(partial, op)
+
+    def groups(self, leaves: Sequence[Array]) -> dict[Hashable, list[Array]]:
+        """The leaves by kind."""
+        out: dict[Hashable, list[Array]] = {}
+        for leaf, kind in zip(leaves, self.kinds, strict=True):
+            out.setdefault(kind, []).append(leaf)
+        return out
+
+    def counts(self, kind: Hashable, like: Array) -> Any:
+        return self.all_reduce.counts(kind, like) if isinstance(self.all_reduce, Engine) else True
+
+    def gather(self, text: str) -> list[str]:
+        return self.all_reduce.gather(text) if isinstance(self.all_reduce, Engine) else []

@@ -26,6 +26,14 @@ MODULES = sorted(
     if path.name != "__main__.py"  # a program
 )
 
+#: Engines, and `gradclip.distributed`, whose example with JAX is run.
+NEEDS = {
+    "gradclip.distributed": "jax",
+    "gradclip.distributed._jax": "jax",
+    "gradclip.distributed._mpi": "mpi4py",
+    "gradclip.distributed._nccl": "cupy",
+}
+
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)
 LEFT_OUT = re.compile(r"<!-- not run: (?P<reason>[^\n]*\S) -->\s*\Z")
 SHOWN = {"text", "output"}
@@ -62,7 +70,7 @@ def run_block(block: Block, name: str, namespace: dict[str, Any]) -> str:
         test.globs = namespace  # shared with the blocks after it
         report = io.StringIO()
         doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.write, clear_globs=False)
-        assert report.getvalue() == ""
+        assert report.getvalue() == "", report.getvalue()
         return ""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -91,8 +99,8 @@ def run_markdown(text: str, name: str) -> int:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
-    library = name.rpartition("._kernels.")[2]
-    if library in MISSING or (library in ("cupy", "jax") and importlib.util.find_spec(library) is None):
+    library = NEEDS.get(name) or name.rpartition("._kernels.")[2]
+    if library in MISSING or (library in ("cupy", *NEEDS.values()) and importlib.util.find_spec(library) is None):
         pytest.skip(f"{name} needs {library}: {MISSING.get(library, 'not installed')}")
     module = importlib.import_module(name)
     report = io.StringIO()
@@ -100,7 +108,7 @@ def test_docstrings(name):
     tests = [t for t in doctest.DocTestFinder().find(module, name) if t.examples]
     for test in tests:
         runner.run(test, out=report.write)
-    assert report.getvalue() == ""
+    assert report.getvalue() == "", report.getvalue()
     if name in ("gradclip", "gradclip._clip"):
         assert len(tests) >= 1
         assert runner.tries >= 3
@@ -124,6 +132,21 @@ def test_readme():
     text = README.read_text(encoding="utf-8")
     assert run_markdown(text, "README.md") >= 1
     assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(blocks(text)), "a fence that is not closed"
+
+
+@pytest.mark.parametrize("name", ["sharding.md", "cost-model.md"])
+def test_pages(name):
+    path = README.parent / "docs" / name
+    if not path.is_file():
+        pytest.skip(f"docs/{name} is not beside the tests")
+    jax = pytest.importorskip("jax", reason=f"docs/{name} needs jax")
+    if len(jax.devices()) < 4:
+        pytest.skip(f"docs/{name} needs 4 devices")
+    text = path.read_text(encoding="utf-8")
+    run_markdown(text, f"docs/{name}")
+    assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(blocks(text)), "a fence that is not closed"
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (path.parent / target).is_file(), f"docs/{name} links to {target}"
 
 
 GOOD = """

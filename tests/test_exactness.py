@@ -162,3 +162,15 @@ def test_clipped_norm_is_at_most_the_bound(xp, dtype):
         after = float(exact.norm([xp.numpy(x) for x in out]))
         assert after <= bound * (1 + 2 * eps) * (1 + 5e-7)
         assert after >= bound * (1 - 2 * eps) * (1 - 5e-7)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.5, -0.5])
+def test_a_narrow_leaf_beside_a_wide_one(xp, p):
+    """The second pass of a narrow leaf divides by what the first pass found in the wide one.
+
+    The sum of powers, off by a unit in the last place or so, is raised to 1/p: so much the error grows.
+    """
+    if not xp.has("float64"):
+        pytest.skip("needs float64")
+    host = [np.full(1000, 1e38, np.float32), np.array([1e300 if p > 0 else 1e-300])]
+    exact.check_norm(xp.numpy(xp.global_norm([xp.array(x) for x in host], p)), exact.norm(host, p), "float64", max(8, abs(1 / p)))

@@ -12,9 +12,17 @@ from pathlib import Path
 import pytest
 
 import gradclip
+import launch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TESTED = {"compare.py", "cupy_pipeline.py", "jax_train_step.py", "numpy_char_rnn.py"}
+TESTED = {
+    "compare.py",
+    "cupy_pipeline.py",
+    "jax_sharded_train.py",
+    "jax_train_step.py",
+    "mpi_numpy.py",
+    "numpy_char_rnn.py",
+}
 
 #: Runs a script as `python script` does, after a line of preparation.
 RUNNER = "import runpy, sys; {preparation}; sys.argv = [{path!r}]; runpy.run_path({path!r}, run_name='__main__')"
@@ -86,6 +94,48 @@ def test_jax_train_step(tmp_path):
     assert "not finite" in broken
     assert re.search(r"\['layer\d'\]\['[wb]'\] \(float32, .*holds \d+ NaN, \d+ inf", broken), broken
     assert whole.endswith("no error")
+
+
+@pytest.mark.library("jax")
+def test_jax_sharded_train(tmp_path):
+    needs("jax")
+    done = python(EXAMPLES / "jax_sharded_train.py", "--steps", "12", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = re.findall(
+        r"^(one device|jit over shards|shard_map) +loss (\S+) -> (\S+), .*clipped (\d+) of 12", done.stdout, re.M
+    )
+    assert [name for name, *_ in runs] == ["one device", "jit over shards", "shard_map"], done.stdout
+    for _, first, last, clipped in runs:
+        assert float(last) < float(first) - 1
+        assert int(clipped) > 6
+    off = re.findall(r"off by: losses (\S+), norms (\S+), weights (\S+)$", done.stdout, re.M)
+    assert len(off) == 2
+    assert max(float(x) for row in off for x in row) <= 1e-5, done.stdout
+
+
+@pytest.mark.library("numpy")
+def test_mpi_numpy(tmp_path):
+    needs("sklearn")
+    if launch.MISSING:
+        pytest.skip(f"MPI: not installed: {', '.join(launch.MISSING)}")
+    done = launch.ranks(4, "-m", "mpi4py", str(EXAMPLES / "mpi_numpy.py"))
+    assert done.returncode == 0, done.stderr
+    for first, last in (("step 0", "step 59"), ("step 59", "after 60")):
+        block = done.stdout.split(first)[1].split(last)[0]
+        (whole,) = numbers(r"^: loss \S+, norm (\S+),", block)
+        (bias,) = numbers(r"bias's part (\S+)", block)
+        parts, joined = numbers(r"norm of its part (\S+),", block), numbers(r"joined (\S+)", block)
+        assert joined == [whole] * 4
+        assert abs(sum(x * x for x in [*parts, bias]) ** 0.5 - whole) < 1e-10, "the bias counts once"
+    assert re.search(r"the same on all 4 ranks, bit for bit: True$", done.stdout, re.M)
+
+
+def test_mpi_numpy_without_mpi(tmp_path):
+    path = str(EXAMPLES / "mpi_numpy.py")
+    done = python("-c", RUNNER.format(preparation="sys.modules['mpi4py'] = None", path=path), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "needs mpi4py and an MPI: pip install" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.library("cupy")

@@ -18,6 +18,9 @@ import gradclip
 
 ROOT = Path(gradclip.__file__).parent
 
+#: Each imported by its maker in `gradclip.distributed`, when that is called.
+ENGINES = {"gradclip.distributed._jax", "gradclip.distributed._mpi", "gradclip.distributed._nccl"}
+
 #: From the ground up. A room may import from the rows before its own, and from its own row nothing.
 ROWS = (
     {"gradclip._types", "gradclip._errors"},
@@ -34,6 +37,7 @@ ROWS = (
     {"gradclip._dispatch"},
     {"gradclip._arguments"},
     {"gradclip._clip", "gradclip._clip_value"},
+    ENGINES,
     {"gradclip.distributed"},
     {"gradclip"},
     {"gradclip.__main__"},
@@ -83,7 +87,8 @@ ONLY = {
     "gradclip._kernels.cupy_compiler": set(),
     "gradclip._kernels.jax": {"gradclip._types", *MATHEMATICS, *KERNELS_FOR_ALL},
     "gradclip._arguments": {*GROUND, "gradclip._tree", "gradclip._dispatch"},
-    "gradclip.distributed": GROUND,
+    **dict.fromkeys(ENGINES, GROUND),
+    "gradclip.distributed": {*GROUND, *ENGINES},
 }
 
 LIBRARIES = {
@@ -98,6 +103,8 @@ LIBRARIES = {
     "flax",
     "equinox",
     "scipy",
+    "mpi4py",
+    "distributed",
 }
 
 #: Where a library may be named or imported beside `_dispatch`: its own kernels; the registry of JAX, which the
@@ -113,7 +120,9 @@ MAY_NAME = {
     "gradclip._kernels.jax": {"jax", "numpy"},
     "gradclip._kernels.generic": {"numpy"},
     "gradclip._tree": {"jax"},
-    "gradclip.distributed": LIBRARIES,
+    "gradclip.distributed._jax": {"jax"},
+    "gradclip.distributed._mpi": {"mpi4py", "numpy", "cupy"},
+    "gradclip.distributed._nccl": {"cupy", "numpy"},
     "gradclip.__main__": LIBRARIES,
 }
 MAY_IMPORT_AT_ONCE = {
@@ -124,6 +133,9 @@ MAY_IMPORT_AT_ONCE = {
     "gradclip._kernels.cuda_table": {"numpy"},
     "gradclip._kernels.cupy_compiler": {"cupy"},
     "gradclip._kernels.jax": {"jax", "jaxlib", "numpy"},
+    "gradclip.distributed._jax": {"jax"},
+    "gradclip.distributed._mpi": {"mpi4py", "numpy"},
+    "gradclip.distributed._nccl": {"cupy", "numpy"},
     "gradclip.__main__": {"numpy"},  # the demo, a program: nothing imports it
 }
 
@@ -193,7 +205,7 @@ def docstrings(tree: ast.AST) -> set[int]:
 
 def test_every_file_is_a_room_that_the_design_knows():
     assert set(TREES) <= set(ROW_OF), "a new room needs a row here, and in the design"
-    needed = set(ROW_OF) - {"gradclip.distributed", "gradclip._arguments"}
+    needed = set(ROW_OF) - {"gradclip._arguments"}
     assert needed <= set(TREES)
     assert not re.search(r"utils|misc|helpers|base", " ".join(TREES))
 
@@ -318,7 +330,7 @@ def test_the_public_names():
     assert len(gradclip.__all__) == len(NAMES)
     assert all(hasattr(gradclip, name) for name in NAMES)
     visible = {name for name in vars(gradclip) if not name.startswith("_")}
-    assert visible - {"distributed"} == NAMES, "a public name that __all__ does not list"
+    assert visible == {*NAMES, "distributed"}, "a public name that __all__ does not list"
     assert issubclass(gradclip.LeafError, TypeError)
     assert issubclass(gradclip.NonFiniteError, FloatingPointError)
     assert gradclip.Clipped._fields == ("grads", "norm")
@@ -351,6 +363,18 @@ def test_public_functions_are_typed(name):
     signature = inspect.signature(getattr(gradclip, name))
     assert all(p.annotation is not p.empty for p in signature.parameters.values())
     assert signature.return_annotation is not signature.empty
+
+
+@pytest.mark.parametrize("name", sorted(set(gradclip.distributed.__all__) - {"Engine"}))
+def test_makers_of_all_reduce_are_typed_and_described(name):
+    maker = getattr(gradclip.distributed, name)
+    doc = inspect.getdoc(maker) or ""
+    assert {"Parameters", "Returns", "Raises", "Notes", "Examples"} <= set(re.findall(r"^(\w+)\n-+$", doc, re.M))
+    described = set(re.findall(r"^(\w+) : ", doc.split("Parameters\n----------\n")[1].split("\n\n")[0], re.M))
+    signature = inspect.signature(maker)
+    assert set(signature.parameters) == described
+    assert all(p.annotation is not p.empty for p in signature.parameters.values())
+    assert signature.return_annotation == "Engine"
 
 
 def test_the_package_is_marked_as_typed():

@@ -31,7 +31,7 @@ from gradclip._kernels.expressions import Partial, Printed, Reduced, Symbols
 from gradclip._kernels.generic import Kernels
 from gradclip._norms import Law
 from gradclip._numbers import Measured
-from gradclip._types import AllReduce, Nonfinite
+from gradclip._types import Call, Nonfinite
 
 
 def _choice(kinds: tuple[str, ...], run: str) -> str:
@@ -143,7 +143,7 @@ class _Staging(Kernels):
     def devices(self, leaves: Any) -> list[Any]:
         return [None]
 
-    def measure(self, leaves: Any, law: Law, acc: Any, all_reduce: AllReduce | None) -> Measured:
+    def measure(self, leaves: Any, law: Law, acc: Any, all_reduce: Call | None) -> Measured:
         return law.finish(self.xp, self.given, self.form.narrow)
 
 
@@ -159,7 +159,7 @@ def settle(plan: Callable[..., Any], form: Form) -> Settled:
     """The kernel that joins the last pass's partials and runs the policy `plan` on them, in one thread.
 
     Its parameters: the output; the partials of the last pass as columns and how many there are, and the joined ones of
-    the pass before it, all that unless the norm is given; the bounds. It puts out norm, factor, shift and root.
+    the pass before it, all that unless the norm is given; the bounds. It puts out what the plan returns.
     """
     xp, law = Symbols(), form.law
     last, measured = len(law.ops) - 1, form.bounds.norm is None
@@ -176,9 +176,9 @@ def settle(plan: Callable[..., Any], form: Form) -> Settled:
         numbers.append(None if kind is None else Measured(xp.given(f"{star}{name}"), None))
         parameters += [] if kind is None else [f"const double{star} {name}"]
     bounds = form.bounds._make(numbers)
-    norm, factor, shift, root = plan(staging, [], bounds, law=law, nonfinite=form.nonfinite, all_reduce=None)
+    norm, factor, shift, root, total = plan(staging, [], bounds, law=law, nonfinite=form.nonfinite, all_reduce=None)
     ends = [f"narrow({body.name(norm)}, *({'Double' if form.wide else 'Single'}*)out);"]
-    for i, x in enumerate((factor, shift, root), start=1):
+    for i, x in enumerate((factor, shift, root, total), start=1):
         ends += [] if x is None else [f"out[{i}] = {body.name(x)};"]
     text = SETTLE % {
         "parameters": ", ".join(parameters),

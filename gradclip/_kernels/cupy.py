@@ -24,7 +24,7 @@ from gradclip._kernels.cupy_compiler import NotCompiled, compiled
 from gradclip._kernels.generic import Kernels
 from gradclip._norms import Law
 from gradclip._numbers import Measured
-from gradclip._types import AllReduce, Array, Nonfinite
+from gradclip._types import Array, Call, Nonfinite
 
 #: Blocks of one launch: as many threads as the largest GPUs run at once.
 _BLOCKS = 1024
@@ -106,16 +106,17 @@ class CupyKernels(Kernels):
             return Measured(float(value), None)  # it goes to the kernel by value
         return self.number(value, acc, device)
 
-    def staged(
-        self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: AllReduce | None
-    ) -> Callable[..., Any]:
+    def staged(self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: Call | None) -> Callable[..., Any]:
         def call(kernels: Kernels, arrays: Sequence[Array], bounds: Any, *, law: Law, **static: Any) -> Any:
+            leaves = _counted(arrays, static["all_reduce"])
             try:
-                return self._settled(plan, arrays, bounds, law, **static)
+                if leaves is not None:
+                    return self._settled(plan, arrays, leaves, bounds, law, **static)
             except NotCompiled:
-                home = self.devices(arrays)[0]
-                numbers = (x if x is None else self.number(x.root, cupy.float64, home) for x in bounds)
-                return plan(kernels, arrays, bounds._make(numbers), law=law, **static)
+                pass
+            home = self.devices(arrays)[0]
+            numbers = (x if x is None else self.number(x.root, cupy.float64, home) for x in bounds)
+            return plan(kernels, arrays, bounds._make(numbers), law=law, **static)
 
         return call
 
@@ -123,13 +124,14 @@ class CupyKernels(Kernels):
         self,
         plan: Callable[..., Any],
         arrays: Sequence[Array],
+        leaves: Sequence[Array],
         bounds: Any,
         law: Law,
         nonfinite: Nonfinite,
-        all_reduce: AllReduce | None,
-    ) -> tuple[Array, Array, Array | None, Array]:
-        """What `plan` gives, in one kernel after those that measure."""
-        home, leaves = self.devices(arrays)[0], [x for x in arrays if x.size]
+        all_reduce: Call | None,
+    ) -> tuple[Array, Array, Array | None, Array, Array]:
+        """What `plan` gives, in one kernel after those that measure `leaves`."""
+        home = self.devices(arrays)[0]
         kinds = {x.dtype: x for x in leaves}.values()  # the name of a dtype takes long to find
         form = cuda.Form(
             law,
@@ -146,16 +148,16 @@ class CupyKernels(Kernels):
             self._compile_all(leaves, law, home)
         columns, seen = self._measured(leaves, law, home, all_reduce) if bounds.norm is None else (None, ())
         with self.on(home):
-            out = cupy.empty(4, cupy.float64)
+            out = cupy.empty(5, cupy.float64)
             measured = [] if columns is None else [columns, np.uint32(columns.shape[1]), *seen]
             given = [x.root for x in bounds if x is not None]
             kernel((1,), (THREADS,), (out, *measured, *given))
             out = cupy.ndarray(out.shape, out.dtype, _kept(out.data, out.nbytes, (measured, given)))
             norm = out[0] if form.wide else out.view(cupy.float32)[0]
-            return norm, out[1], out[2] if shifts else None, out[3]
+            return norm, out[1], out[2] if shifts else None, out[3], out[4]
 
     def _measured(
-        self, leaves: Sequence[Array], law: Law, home: Any, all_reduce: AllReduce | None
+        self, leaves: Sequence[Array], law: Law, home: Any, all_reduce: Call | None
     ) -> tuple[Array, tuple[Array, ...]]:
         """The partials of the last pass, as columns, and those of the passes before it, joined; on `home`."""
         seen: tuple[Array, ...] = ()
@@ -269,6 +271,17 @@ def _kept(memory: Any, size: int, others: Any) -> Any:
         return memory
     owner = cupy.cuda.UnownedMemory(memory.ptr, size, (memory, others), memory.device_id)
     return cupy.cuda.MemoryPointer(owner, 0)
+
+
+def _counted(arrays: Sequence[Array], all_reduce: Call | None) -> list[Array] | None:
+    """The leaves that this shard counts and that hold something; None where only the device knows whether it counts."""
+    counted = []
+    for kind, group in ({None: arrays} if all_reduce is None else all_reduce.groups(arrays)).items():
+        counts = all_reduce is None or (len(group) > 0 and all_reduce.counts(kind, group[0]))
+        if counts is not True and counts is not False:
+            return None
+        counted += [x for x in group if counts and x.size]
+    return counted
 
 
 def _grid(table: Any) -> int:

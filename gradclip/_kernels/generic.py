@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any
 
 import array_api_compat
@@ -17,7 +18,7 @@ import array_api_compat
 from gradclip._kernels.dtypes import COMPONENT_BITS, dtype_name, dtype_names
 from gradclip._norms import Law, identity, join
 from gradclip._numbers import RANGES, Measured, Parts, host_split, moderate, quotient
-from gradclip._types import AllReduce, Array, Namespace
+from gradclip._types import Array, Call, Namespace, ReduceOp
 
 _ROW = 128
 
@@ -107,9 +108,7 @@ class Kernels:
         """`bound / norm` as a factor and a shift."""
         return quotient(self.xp, bound, norm)
 
-    def staged(
-        self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: AllReduce | None
-    ) -> Callable[..., Any]:
+    def staged(self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: Call | None) -> Callable[..., Any]:
         """`plan`, to be called with `arrays`, in the form that this library runs fastest."""
         return plan
 
@@ -189,13 +188,18 @@ class Kernels:
         narrow = self.is_narrow(leaf, acc)
         # In float64, what a plain sum of narrower elements loses cannot be seen in the result.
         total = self.xp.sum if narrow and acc == self.xp.float64 else self.total
-        return law.contribute(self.xp, self.parts(leaf, acc), total, narrow, seen)
+        # What is seen comes from all leaves, wider ones among them.
+        return law.contribute(self.xp, self.parts(leaf, acc), total, narrow and not seen, seen)
 
     def partials(self, leaves: Sequence[Array], law: Law, acc: Any, seen: tuple[Array, ...]) -> list[Array]:
         """What leaves on one device contribute to one pass: any number of partials."""
         return [self.partial(leaf, law, acc, seen) for leaf in leaves if 0 not in leaf.shape]
 
-    def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> Measured:
+    def counted(self, partial: Array, op: ReduceOp, counts: Any) -> Array:
+        """A partial where this shard counts it, else what joins without effect: selected, for 0 * NaN is NaN."""
+        return partial if counts is True else self.xp.where(counts, partial, self.xp.full_like(partial, identity(op)))
+
+    def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: Call | None) -> Measured:
         """The norm of all leaves as one vector, on the first leaf's device."""
         joined = self.joined(leaves, law, acc, all_reduce)
         # Other shards may be wide.
@@ -203,18 +207,22 @@ class Kernels:
         with self.on(self.devices(leaves)[0]):
             return law.finish(self.xp, joined, narrow)
 
-    def joined(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> tuple[Array, ...]:
+    def joined(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: Call | None) -> tuple[Array, ...]:
         """The joined partial of each pass of a law, on the first leaf's device."""
         devices = self.devices(leaves)
         home = devices[0]
+        groups = {None: leaves} if all_reduce is None else all_reduce.groups(leaves)
         seen: tuple[Array, ...] = ()
         for op, size in zip(law.ops, law.sizes, strict=True):
             partials = []
-            for device in devices:
-                here = leaves if len(devices) == 1 else [x for x in leaves if self.device(x) == device]
-                with self.on(device):
-                    known = tuple(self.move(x, device) for x in seen)
-                    partials += [self.move(p, home) for p in self.partials(here, law, acc, known)]
+            for device, (kind, group) in product(devices, groups.items()):
+                here = group if len(devices) == 1 else [x for x in group if self.device(x) == device]
+                counts = all_reduce is None or (bool(here) and all_reduce.counts(kind, here[0]))
+                if counts is not False:
+                    with self.on(device):
+                        known = tuple(self.move(x, device) for x in seen)
+                        found = [self.counted(p, op, counts) for p in self.partials(here, law, acc, known)]
+                        partials += [self.move(p, home) for p in found]
             with self.on(home):
                 if not partials:
                     partials = [self.xp.stack([self.full(identity(op), acc, home)] * size)]

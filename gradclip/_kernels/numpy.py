@@ -22,7 +22,7 @@ from gradclip._kernels.generic import Kernels
 from gradclip._kernels.threads import each, num_threads
 from gradclip._norms import Law, TwoNorm, join
 from gradclip._numbers import Measured
-from gradclip._types import AllReduce, Array
+from gradclip._types import Array, Call
 
 #: Leaves up to here are strung together, so that a norm costs one pass of 0.1 us an element and not 2 us a leaf.
 _SMALL = 1 << 13
@@ -81,9 +81,7 @@ class NumpyKernels(Kernels):
         layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
         return face["data"][0], face["typestr"], layout
 
-    def staged(
-        self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: AllReduce | None
-    ) -> Callable[..., Any]:
+    def staged(self, plan: Callable[..., Any], arrays: Sequence[Array], all_reduce: Call | None) -> Callable[..., Any]:
         return lambda kernels, *args, **static: plan(_ON_HOST, *args, **static)
 
     # -- norms ---------------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ class NumpyKernels(Kernels):
 class _OnHost(NumpyKernels):
     """The same, with a namespace for single numbers: the policy's and the last step of a norm."""
 
-    def joined(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: AllReduce | None) -> tuple[Array, ...]:
+    def joined(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: Call | None) -> tuple[Array, ...]:
         return NUMPY.joined(leaves, law, acc, all_reduce)
 
 

@@ -1,0 +1,168 @@
+"""What gradclip asks of any engine: here one of threads, on every library. Real engines have files of their own."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+import exact
+import gradclip
+from gradclip.distributed import Engine
+
+INF = math.inf
+RANKS = 3
+JOIN = {"sum": np.sum, "max": np.max, "min": np.min}
+
+
+class Threads:
+    """What the threads share."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+        self.barrier = threading.Barrier(RANKS, timeout=60)
+        self.slots: list[Any] = [None] * RANKS
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self.slots[rank] = value
+        self.barrier.wait()
+        everyones = list(self.slots)
+        self.barrier.wait()
+        return everyones
+
+
+class Engineered(Engine):
+    """An engine for one of the threads; `told` are flags, as `mpi` takes them."""
+
+    telling = "copies"
+
+    def __init__(self, threads: Threads, rank: int, copies: Any) -> None:
+        self.threads, self.rank, self.told = threads, rank, copies
+        self.calls: list[tuple[str, int]] = []
+        self.heard: set[tuple[float, str]] = set()
+
+    def kind(self, leaf: Any, told: Any) -> Any:
+        assert leaf.path.startswith("grads")
+        return bool(told)
+
+    def counts(self, kind: Any, like: Any) -> bool:
+        return not kind or self.rank == 1
+
+    def join(self, partial: Any, op: Any, call: Any) -> Any:
+        self.calls.append((op, partial.shape[0]))
+        self.heard.add((call.norm_type, call.nonfinite))
+        table = np.stack(self.threads.exchange(self.rank, self.threads.xp.numpy(partial)))
+        return self.threads.xp.array(JOIN[op](table, axis=0))
+
+    def gather(self, text: str) -> list[str]:
+        return self.threads.exchange(self.rank, text)
+
+
+def together(xp: Any, copies: Any, call: Callable[[int, Engineered], Any]) -> tuple[list[Any], list[Engineered]]:
+    if not xp.eager:
+        pytest.skip("threads cannot join what is traced")
+    threads = Threads(xp)
+    engines = [Engineered(threads, rank, copies) for rank in range(RANKS)]
+    with ThreadPoolExecutor(RANKS) as pool:
+        jobs = [pool.submit(call, rank, engine) for rank, engine in enumerate(engines)]
+        return [job.result(timeout=120) for job in jobs], engines
+
+
+def tree(xp: Any, rank: int) -> tuple[Any, list[np.ndarray]]:
+    """A rank's gradients, and the leaves of the whole."""
+    parts = [np.float32([r + 1, -0.25]) for r in range(RANKS)]
+    copies = [np.float32([2, -3, 0.5]), np.float32([0.125])]
+    return xp.tree({"own": parts[rank], "copies": {"a": copies[0], "b": [copies[1], None]}}), [*parts, *copies]
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0, -INF])
+def test_copies_count_once(xp: Any, p: float) -> None:
+    def clip(rank: int, engine: Engineered) -> Any:
+        return gradclip.clip_grad_norm(tree(xp, rank)[0], 0.5, p, nonfinite="zero", all_reduce=engine)
+
+    results, engines = together(xp, {"own": None, "copies": True}, clip)
+    whole = tree(xp, 0)[1]
+    want = exact.norm(whole, p)
+    for rank, out in enumerate(results):
+        exact.check_norm(xp.numpy(out.norm), want, "float32", 8)
+        factor = min(1.0, float(0.5 / want))
+        np.testing.assert_allclose(xp.numpy(out.grads["own"]), whole[rank] * factor, rtol=1e-6)
+        np.testing.assert_allclose(xp.numpy(out.grads["copies"]["a"]), whole[3] * factor, rtol=1e-6)
+        assert out.grads["copies"]["b"][1] is None
+    assert len({float(xp.numpy(out.norm)) for out in results}) == 1
+    for engine in engines:
+        assert engine.calls == engines[0].calls
+        assert len(engine.calls) == (1 if p in (2, 1, 0, INF, -INF) else 2)
+        assert engine.heard == {(p, "zero")}
+
+
+def test_error_is_raised_on_all_and_names_all(xp: Any) -> None:
+    def clip(rank: int, engine: Engineered) -> str:
+        grads = tree(xp, rank)[0]
+        if rank:
+            grads["own"] = xp.array(np.float32([math.nan, INF if rank == 2 else 0]))
+        with pytest.raises(gradclip.NonFiniteError, match="global norm is nan") as caught:
+            gradclip.clip_grad_norm(grads, 0.5, nonfinite="error", all_reduce=engine)
+        assert [c.path for c in caught.value.culprits] == (["grads['own']"] if rank else [])
+        return str(caught.value)
+
+    texts, _ = together(xp, None, clip)
+    assert len(set(texts)) == 1
+    lines = texts[0].splitlines()
+    assert [line.strip() for line in lines[1:5]] == [
+        "rank 1 of 3:",
+        "grads['own'] (float32, shape (2,)): 1 NaN, 0 inf",
+        "rank 2 of 3:",
+        "grads['own'] (float32, shape (2,)): 1 NaN, 1 inf",
+    ]
+
+
+@pytest.mark.library("numpy")
+def test_bad_bounds_of_one_shard_wait_for_no_one() -> None:
+    """`divide_by` and `norm` are this shard's: no text is gathered for them, or it would wait for the others."""
+
+    class Alone(Engineered):
+        def join(self, partial: Any, op: Any, call: Any) -> Any:
+            return partial
+
+        def gather(self, text: str) -> list[str]:
+            raise AssertionError("nobody answers")
+
+    array = np.array([3.0])
+    engine = Alone(Threads(None), 0, None)
+    with pytest.raises(gradclip.NonFiniteError, match=r"Every leaf here is finite: look at norm="):
+        gradclip.clip_grad_norm([array], 1.0, norm=math.inf, nonfinite="error", all_reduce=engine)
+    assert float(gradclip.global_norm([array], all_reduce=engine)) == 3.0
+
+
+@pytest.mark.library("numpy")
+def test_what_is_told_must_fit_the_gradients() -> None:
+    engine = Engineered(Threads(None), 0, {"v": True})
+    with pytest.raises(
+        ValueError, match=r"copies does not match the gradients there: it has \['v'\], they have \['w'\]"
+    ):
+        gradclip.global_norm({"w": np.ones(2)}, all_reduce=engine)
+    for wrong in ("data", 3, [max]):
+        with pytest.raises(TypeError, match=r"all_reduce must be a callable \(partial, op\) -> joined, got"):
+            gradclip.clip_grad_norm_([np.ones(2)], 1.0, all_reduce=wrong)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match=r"^$"):
+        Engine()(np.ones(3), "sum")
+
+
+@pytest.mark.library("numpy")
+def test_one_shot_gradients_under_an_engine() -> None:
+    """A generator is read once, also where `told` has to be matched to it."""
+
+    class Alone(Engineered):
+        def join(self, partial: Any, op: Any, call: Any) -> Any:
+            return partial
+
+    engine = Alone(Threads(None), 0, [True, False])
+    out = gradclip.clip_grad_norm((np.array([x]) for x in (100.0, 4.0)), 2.0, all_reduce=engine)
+    assert float(out.norm) == 4.0, "rank 0 does not count the copy"
+    assert [x.tolist() for x in out.grads] == [[50.0], [2.0]]

@@ -1,0 +1,163 @@
+"""NCCL by CuPy, against a communicator that records its calls and plays the other rank. NCCL itself is not run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import exact
+import gradclip
+from backends import MISSING
+
+cupy = pytest.importorskip("cupy")
+
+pytestmark = [
+    pytest.mark.library("cupy"),
+    pytest.mark.skipif("cupy" in MISSING, reason=f"backend cupy: {MISSING.get('cupy')}"),
+]
+
+INF = math.inf
+NAMES = {0: "sum", 2: "max", 3: "min"}  # ncclRedOp_t
+JOIN = {"sum": np.add, "max": np.maximum, "min": np.minimum}
+
+
+class Communicator:
+    """`cupy.cuda.nccl.NcclCommunicator`'s methods, with its argument types, for one of two ranks.
+
+    The other rank holds `grads`. Its partials are taken from a call of gradclip, which is told to join nothing.
+    """
+
+    def __init__(self, rank: int, grads: Any, p: float) -> None:
+        self.rank, self.calls, self.streams = rank, [], []
+        self.grads, self.p = grads, p
+        self.sent = b""
+        self.passes: list[Any] = []
+
+    def rank_id(self) -> int:
+        return self.rank
+
+    def size(self) -> int:
+        return 2
+
+    def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
+        assert all(type(x) is int for x in (sendbuf, recvbuf, count, datatype, op, stream))
+        assert datatype == 8, "ncclFloat64"
+        passed = len(self.calls)
+        self.calls.append((NAMES[op], count))
+        self.streams.append(stream)
+        mine, out = view(sendbuf, count, np.float64), view(recvbuf, count, np.float64)
+        asked = itertools.count()
+
+        def other(partial: Any, name: str) -> Any:
+            i = next(asked)
+            if i == passed:  # the pass that this call joins
+                self.passes.append(JOIN[name](mine.get(), partial))
+                out.set(self.passes[i])
+            return self.passes[i] if i <= passed else partial
+
+        gradclip.global_norm(self.grads, self.p, all_reduce=other)
+
+    def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
+        assert datatype == 1, "ncclUint8"
+        self.sent = bytes(view(sendbuf, count, np.uint8).get())
+        table = np.zeros((2, count), np.uint8)
+        table[self.rank] = np.frombuffer(self.sent, np.uint8)
+        table[1 - self.rank, :9] = np.frombuffer(b"  grads.x", np.uint8)
+        view(recvbuf, 2 * count, np.uint8).set(table.reshape(-1))
+
+
+def view(pointer: int, count: int, dtype: Any) -> Any:
+    size = count * np.dtype(dtype).itemsize
+    memory = cupy.cuda.UnownedMemory(pointer, size, None, cupy.cuda.Device().id)
+    return cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+MINE, OTHER = np.float32([3, -0.5, 1e25]), np.float64([4, 0.25])
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF, -INF, 0.0, -2.0])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_call_joins_the_ranks(p: float, rank: int) -> None:
+    comm = Communicator(rank, [OTHER], p)
+    shared = np.float32([0.125, 7]) if p > 0 else np.float32([1, 2])
+    grads = {"own": cupy.asarray(MINE), "shared": cupy.asarray(shared)}
+    if rank == 1:  # then the other one, of rank 0, counts the copies
+        comm.grads = [OTHER, shared]
+    engine = gradclip.distributed.nccl(comm, {"own": False, "shared": True})
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        out = gradclip.clip_grad_norm(grads, 0.5, p, all_reduce=engine)
+    stream.synchronize()
+    want = exact.norm([MINE, OTHER, shared], p)
+    exact.check_norm(float(out.norm), want, "float32", 8)
+    factor = min(1.0, float(0.5 / want))
+    np.testing.assert_allclose(out.grads["shared"].get(), shared * factor, rtol=1e-6)
+    np.testing.assert_allclose(out.grads["own"].get(), MINE * factor, rtol=1e-6)
+    assert len(comm.calls) == (1 if p in (2, 1, 0, INF, -INF) else 2)
+    assert all(count <= 16 for _, count in comm.calls)
+    assert set(comm.streams) == {stream.ptr}, "the current stream, as everything else"
+
+
+def test_a_rank_without_leaves_joins_in() -> None:
+    """Its norm is float32, as an empty tree's is: NCCL's ranks do not tell each other dtypes."""
+    comm = Communicator(0, [OTHER], 2.0)
+    out = gradclip.clip_grad_norm([], 0.5, all_reduce=gradclip.distributed.nccl(comm))
+    exact.check_norm(out.norm, exact.norm([OTHER]), "float32")
+    assert out.norm.dtype == np.float32
+    assert comm.calls == [("sum", 3)]
+
+
+def test_error_names_rank_and_path() -> None:
+    comm = Communicator(1, [OTHER], 2.0)
+    bad = {"w": cupy.asarray(np.float32([1, math.nan]))}
+    with pytest.raises(
+        gradclip.NonFiniteError,
+        match=r"rank 0 of 2:\n +grads\.x\n +rank 1 of 2:\n +grads\['w'\] \(float32, shape \(2,\)\): 1 NaN, 0 inf",
+    ):
+        gradclip.clip_grad_norm(bad, 1.0, nonfinite="error", all_reduce=gradclip.distributed.nccl(comm))
+    assert len(comm.sent) == 4096
+    assert comm.calls == [("sum", 3)]
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"nccl takes a cupy\.cuda\.nccl\.NcclCommunicator, got 3"):
+        gradclip.distributed.nccl(3)
+    comm = Communicator(0, [OTHER], 2.0)
+    with pytest.raises(TypeError, match=r"replicated says 'yes' of grads\[0\]"):
+        gradclip.global_norm([cupy.ones(2)], all_reduce=gradclip.distributed.nccl(comm, "yes"))
+    assert comm.calls == []
+
+
+def test_mpi_takes_cupy_by_way_of_the_host() -> None:
+    """One rank, the real MPI: what must be right about devices, with and without a GPU-aware MPI's signature."""
+    MPI = pytest.importorskip("mpi4py.MPI", exc_type=ImportError)
+    host = [np.float32([3e30, 4e30]), np.array([1e-3])]
+    for p in (2.0, 3.0, INF, 0.0):
+        out = gradclip.clip_grad_norm(
+            [cupy.asarray(x) for x in host], 0.5, p, all_reduce=gradclip.distributed.mpi(MPI.COMM_SELF)
+        )
+        exact.check_norm(float(out.norm), exact.norm(host, p), "float64", 8)
+        assert isinstance(out.norm, cupy.ndarray)
+        assert isinstance(out.grads[0], cupy.ndarray)
+
+
+def test_gpu_aware_mpi_gets_device_arrays() -> None:
+    MPI = pytest.importorskip("mpi4py.MPI", exc_type=ImportError)
+    calls = []
+
+    class Fake(MPI.Intracomm):
+        def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any) -> None:
+            assert isinstance(sendbuf, cupy.ndarray)
+            assert isinstance(recvbuf, cupy.ndarray)
+            calls.append(op)
+            recvbuf[...] = 4 * sendbuf if op == MPI.SUM else sendbuf
+
+    engine = gradclip.distributed.mpi(Fake(MPI.COMM_SELF), gpu_aware=True)
+    norm = gradclip.global_norm([cupy.asarray(np.float32([3, 4]))], all_reduce=engine)
+    assert float(norm) == 10.0, "four ranks with the same"
+    assert float(gradclip.global_norm([cupy.asarray(np.float32([3, 4]))], -INF, all_reduce=engine)) == 3.0
+    assert calls == [MPI.SUM, MPI.MIN]
