@@ -173,4 +173,6 @@ def test_a_narrow_leaf_beside_a_wide_one(xp, p):
     if not xp.has("float64"):
         pytest.skip("needs float64")
     host = [np.full(1000, 1e38, np.float32), np.array([1e300 if p > 0 else 1e-300])]
-    exact.check_norm(xp.numpy(xp.global_norm([xp.array(x) for x in host], p)), exact.norm(host, p), "float64", max(8, abs(1 / p)))
+    exact.check_norm(
+        xp.numpy(xp.global_norm([xp.array(x) for x in host], p)), exact.norm(host, p), "float64", max(8, abs(1 / p))
+    )
