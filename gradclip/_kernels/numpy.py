@@ -28,7 +28,7 @@ from gradclip._types import Array, Call
 _SMALL = 1 << 13
 
 #: What one thread takes at once, in elements; and how many there must be for a second thread to pay.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 20
 _MANY = 1 << 20
 
 
