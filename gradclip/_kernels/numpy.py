@@ -32,6 +32,10 @@ _BLOCK = 1 << 20
 _MANY = 1 << 20
 
 
+#: So few numbers are added up in float64 before the exact sum takes over, which takes 60 ns a number.
+_FEW = 8
+
+
 class NumpyKernels(Kernels):
     """Kernels for `numpy.ndarray`, ml_dtypes' bfloat16 included."""
 
@@ -60,7 +64,13 @@ class NumpyKernels(Kernels):
         return Measured(np.float64(value), None)
 
     def total(self, x: Array, axis: int | None = None) -> Array:
-        return np.sum(x, axis=axis)  # pairwise
+        if axis is not None:
+            return np.sum(x, axis=axis)
+        # Pairwise sums have rows of 16 in them, which for 1e5 equal elements are up to 5 units in the last place off.
+        flat = x.reshape(-1)
+        rows = flat[: flat.size - flat.size % _FEW].reshape(-1, _FEW)
+        with np.errstate(all="ignore"):
+            return np.float64(_fsum([*np.sum(rows, axis=1).tolist(), *flat[rows.size :].tolist()]))
 
     def report(self, norm: Array) -> Array:
         return np.asarray(norm)
@@ -149,6 +159,11 @@ class _OnHost(NumpyKernels):
 
 
 NUMPY, _ON_HOST = NumpyKernels(), _OnHost(scalars)
+
+
+def _fsum(values: list[float]) -> float:
+    total = sum(values)
+    return math.fsum(values) if math.isfinite(total) else total
 
 
 def _threads(leaves: Sequence[Array], *alone: str) -> int:
