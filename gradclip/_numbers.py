@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from typing import NamedTuple, TypeAlias
 
 from gradclip._types import Array, Namespace
@@ -26,11 +27,12 @@ class Range(NamedTuple):
     huge_sum: float  # above: 2**48 magnitudes might overflow
     lift: float  # 1 / smallest normal number, nearly
     top: float  # the largest power of two
+    largest: float  # the largest number
 
 
 RANGES = {
-    "float32": Range(2.0**90, 2.0**-63, 2.0**40, 2.0**-60, 2.0**60, 2.0**126, 2.0**127),
-    "float64": Range(2.0**600, 2.0**-511, 2.0**480, 2.0**-900, 2.0**900, 2.0**1020, 2.0**1023),
+    "float32": Range(2.0**90, 2.0**-63, 2.0**40, 2.0**-60, 2.0**60, 2.0**126, 2.0**127, 2.0**128 - 2.0**104),
+    "float64": Range(2.0**600, 2.0**-511, 2.0**480, 2.0**-900, 2.0**900, 2.0**1020, 2.0**1023, sys.float_info.max),
 }
 
 
@@ -160,7 +162,7 @@ def to_float32(xp: Namespace, norm: Array) -> Array:
     """A norm rounded to float32, inf beyond its range, without an overflow on the way."""
     if range_of(norm) is RANGES["float32"]:
         return norm
-    largest = 2.0**128 - 2.0**104
+    largest = RANGES["float32"].largest
     inf = xp.full_like(norm, math.inf)
     held = xp.minimum(norm, xp.full_like(norm, largest))
     return xp.astype(xp.where(norm >= largest + 2.0**103, inf, held), xp.float32)
@@ -173,8 +175,9 @@ def quotient(xp: Namespace, bound: Measured, norm: Measured) -> tuple[Array, Arr
     two, and 1 unless the quotient is not a normal number; it is None where both numbers say that this cannot matter.
     """
     q, e = bound.divided(xp, norm)
+    largest = xp.full_like(q, range_of(q).largest)  # not inf: 0 * inf is NaN
     if e is None:
-        return q, None
+        return xp.minimum(q, largest), None
     s, k = range_of(q).step, range_of(q).lift
     plain = rescale(xp, q, e)
     one, zero = xp.ones_like(q), xp.zeros_like(e)
@@ -184,7 +187,7 @@ def quotient(xp: Namespace, bound: Measured, norm: Measured) -> tuple[Array, Arr
     steps = xp.where(large, e - 1, xp.where(e >= -1, zero, e + 2))
     shifted = rescale(xp, q * towards, steps)
     shift = xp.where(large, k * one, xp.where(small, one / k, one))
-    return xp.where(xp.logical_or(small, large), shifted, plain), shift
+    return xp.minimum(xp.where(xp.logical_or(small, large), shifted, plain), largest), shift
 
 
 def host_split(value: float, step: float) -> tuple[float, float]:

@@ -668,6 +668,20 @@ def test_a_max_norm_beyond_float32(xp, bound, given, divisor):
     check(xp, got, grads, [[mpmath.mpf(float(value)) * sign * factor for row in signs for sign in row]], ulps=3)
 
 
+@pytest.mark.parametrize("divisor", [5e-324, 1e-310, 1e-300, 1e-39])
+def test_a_divisor_whose_reciprocal_overflows(xp, divisor):
+    """0 / divisor is 0, and what is beyond the dtype is inf: nothing is NaN."""
+    for dtype in xp.dtypes:
+        got, norm = gradclip.clip_grad_norm([xp.array([0, 0], dtype)], 1.0, divide_by=divisor)
+        assert xp.numpy(got[0]).tolist() == [0, 0], dtype
+        assert float(norm) == 0
+        if dtype in ("float32", "float64"):
+            got, _ = gradclip.clip_grad_norm([xp.array([0, 3], "float32")], math.inf, divide_by=divisor)
+            assert xp.numpy(got[0]).tolist() == [0, math.inf]
+            got, _ = gradclip.clip_grad_norm([xp.array([0, 3], dtype)], 2.0, divide_by=divisor)
+            assert xp.numpy(got[0]).tolist() == [0, pytest.approx(2, rel=3e-7)]
+
+
 @pytest.mark.library("jax")
 def test_float64_bounds_of_float32_gradients_in_jax():
     """Traced as float64, they are split there: as a float32 each of these is inf or 0."""

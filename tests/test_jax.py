@@ -123,6 +123,26 @@ def test_vmap_with_a_named_axis_joins_the_examples(p: float) -> None:
     assert got.grads[0].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("bound", [1.0, 100.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])
+def test_both_modes_of_differentiation_on_every_dtype(dtype: str, bound: float, transform: Any) -> None:
+    """Of sum(w * clip(g)): w (c / n) - g (c / n) <w, g> / n^2 where it clips, else w; n = 5."""
+    g, w = jnp.asarray([3, 4], dtype), jnp.asarray([1, 2], dtype)
+
+    def f(g: Any) -> Any:
+        return jnp.real(jnp.sum(w * gradclip.clip_grad_norm([g], bound)[0][0])).astype(jnp.float32)
+
+    want = np.array([1.0, 2.0]) if bound == 100 else (np.array([1.0, 2.0]) - np.array([3.0, 4.0]) * 11 / 25) / 5
+    tolerance = {"bfloat16": 2.0**-7, "float16": 2.0**-10}.get(dtype, 1e-6)
+    reverse = transform(jax.grad(f))(g)
+    assert reverse.dtype == g.dtype
+    np.testing.assert_allclose(np.asarray(reverse).real.astype(float), want, atol=tolerance)
+    for i, basis in enumerate(jnp.eye(2, dtype=dtype)):
+        forward = transform(lambda g, dg: jax.jvp(f, (g,), (dg,))[1])(g, basis)
+        np.testing.assert_allclose(float(forward), want[i], atol=tolerance)
+
+
 def test_scan_carries_clipped_gradients_of_the_same_type() -> None:
     def step(carry: Any, g: Any) -> Any:
         grads, norm = gradclip.clip_grad_norm({"m": carry["m"] + g}, 1.0)

@@ -276,3 +276,17 @@ def test_layouts_larger_than_a_block(order, dtype):
         mine = x.copy(order="K")
         gradclip.clip_grad_norm_([mine], 1.0)
         assert mine.tobytes() == grads[0].tobytes()
+
+
+@pytest.mark.parametrize("size", [3, 1100])
+@pytest.mark.parametrize(
+    "views", [lambda x: [x, x.T], lambda x: [x, x[::-1]], lambda x: [x[:2], x[1:]], lambda x: [x.T[None], x.T]]
+)
+def test_what_leaves_share_is_scaled_once(size, views, limit):
+    gradclip.set_num_threads(2)
+    x = np.random.default_rng(4).standard_normal((size, size))
+    tree, before = views(x), x.copy()
+    norm = exact.norm(tree) if size < 10 else mpmath.mpf(float(gradclip.global_norm([v.copy() for v in tree])))
+    reported = gradclip.clip_grad_norm_(tree, 0.5)
+    exact.check_norm(reported, norm, "float64", ulps=4)
+    np.testing.assert_allclose(x, before * (0.5 / float(norm)), rtol=1e-15)

@@ -88,9 +88,11 @@ class Kernels:
     def number(self, value: Any, acc: Any, device: Any) -> Measured:
         """A number or 0-d array, in or beyond the range of the accumulation dtype."""
         xp = self.xp
-        if acc == xp.float64:
+        wide = acc == xp.float64
+        step = RANGES["float64" if wide else "float32"].step
+        subnormal = isinstance(value, float) and 0 < value < sys.float_info.min  # its reciprocal is beyond float64
+        if wide and not subnormal:
             return Measured(self.scalar(value, acc, device), None)
-        step = RANGES["float32"].step
         if isinstance(value, int | float):
             root, exponent = host_split(float(value), step)
             return Measured(self.full(root, acc, device), self.full(exponent, acc, device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -15,14 +14,10 @@ from jax.experimental import checkify
 
 from gradclip._kernels.dtypes import dtype_name
 from gradclip._kernels.generic import Kernels
+from gradclip._kernels.jax_leaves import SHORT, replicate, strung
 from gradclip._norms import Law, TwoNorm, join
 from gradclip._numbers import Measured, range_of
 from gradclip._types import Array, Call
-
-#: XLA's CPU compiler adds up arrays below about 4096 elements one by one, which is off by up to 7 units of
-#: rounding for 1000 equal elements; with a compensated sum it is 0.8, at 1.4 times the run time for 300 leaves of 1024.
-#: Longer arrays it adds in a tree (0.7 units for 1e5 elements).
-_SHORT = 8192
 
 
 def _two_sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -53,7 +48,7 @@ class JaxKernels(Kernels):
     def move(self, x: Array, device: Any) -> Array:
         if device is None or self.device(x) in (device, None):
             return x
-        return jax.device_put(x, min(device, key=lambda d: d.id)) if len(device) == 1 else _replicate(x, device)
+        return jax.device_put(x, min(device, key=lambda d: d.id)) if len(device) == 1 else replicate(x, device)
 
     def full(self, value: float, dtype: Any, device: Any) -> Array:
         return np.dtype(dtype).type(value)
@@ -62,7 +57,7 @@ class JaxKernels(Kernels):
         return self.reported(leaves)
 
     def total(self, x: Array, axis: int | None = None) -> Array:
-        if x.size > _SHORT or x.ndim == 0:
+        if x.size > SHORT or x.ndim == 0:
             return jnp.sum(x, axis=axis)
         zero = np.zeros((), x.dtype)
         axes = tuple(range(x.ndim)) if axis is None else (axis % x.ndim,)
@@ -90,7 +85,7 @@ class JaxKernels(Kernels):
         leaves = [x for x in leaves if x.size]
         if not leaves:
             return []
-        merged, narrow = _merged(leaves), all(self.is_narrow(x, acc) for x in leaves)
+        merged, narrow = strung(leaves), all(self.is_narrow(x, acc) for x in leaves)
 
         # The cast to `acc` stands in the function that adds up. Outside, the wide array would be made: for 24 million
         # bfloat16 elements the norm took 47 ms with it, and takes 1 ms.
@@ -142,39 +137,6 @@ class JaxKernels(Kernels):
             nan=nan,
             inf=inf,
         )
-
-
-def _merged(leaves: Sequence[Array]) -> list[Array]:
-    """The leaves, short ones of one dtype strung together.
-
-    For 200 leaves of 1024 elements that takes the compilation of the norm from 7.2 s to 0.3 s, and its run
-    from 1.6 ms to 0.2 ms. Leaves are kept apart that JAX's types keep apart (explicit shardings, varying axes).
-    """
-    merged, groups = [], defaultdict[Any, list[Array]](list)
-    for leaf in leaves:
-        if leaf.size > _SHORT or _is_sharded(leaf):
-            merged.append(leaf)
-        else:
-            groups[leaf.dtype, _varying(leaf)].append(leaf.reshape(-1))
-    return merged + [jnp.concatenate(group) for group in groups.values()]
-
-
-def _is_sharded(x: Array) -> bool:
-    """Whether the type of a traced array names mesh axes (sharding in types)."""
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()) if isinstance(x, jax.core.Tracer) else ()
-    return any(axis is not None for axis in spec)
-
-
-def _varying(x: Array) -> frozenset[Any]:
-    """The manual axes over which a value varies, as `shard_map` tracks them."""
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)
-    return frozenset(getattr(manual, "varying", None) or getattr(kind, "vma", None) or ())
-
-
-def _replicate(x: Array, devices: frozenset[Any]) -> Array:
-    mesh = jax.sharding.Mesh(np.asarray(sorted(devices, key=lambda d: d.id)), ("all",))
-    return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 @lru_cache
@@ -274,7 +236,8 @@ def _scaled_jvp(kernels: JaxKernels, primals: Any, tangents: Any) -> Any:
     leaves, factor, shift = primals
     d_leaves, relative, _ = tangents
     outs = _scaled(kernels, leaves, factor, shift)
-    straight = _scaled(kernels, d_leaves, _absolute(factor), shift)
+    # Not by bits: this is linear in the tangents, and is transposed.
+    straight = [Kernels.scaled(kernels, d_leaf, _absolute(factor), shift) for d_leaf in d_leaves]
 
     def by_factor(out: Array) -> Array:
         wide = kernels.working(out, factor.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import array_api_compat.numpy as xp
@@ -61,7 +62,7 @@ class NumpyKernels(Kernels):
         return np.dtype(dtype).type(value)
 
     def number(self, value: Any, acc: Any, device: Any) -> Measured:
-        return Measured(np.float64(value), None)
+        return super().number(float(value), acc, device)
 
     def total(self, x: Array, axis: int | None = None) -> Array:
         if axis is not None:
@@ -121,7 +122,11 @@ class NumpyKernels(Kernels):
         return [y if isinstance(x, np.ndarray) else y.dtype.type(y[()]) for x, y in zip(leaves, out, strict=True)]
 
     def scale_into(self, leaves: Sequence[Array], factor: Array, shift: Array | None) -> None:
-        if not (factor == 1 and (shift is None or shift == 1)):
+        if factor == 1 and (shift is None or shift == 1):
+            return
+        if _overlap(leaves):
+            super().scale_into(leaves, factor, shift)  # what two leaves share is scaled once, from what it was
+        else:
             self._multiply(leaves, leaves, factor, shift)
 
     def _multiply(self, leaves: Sequence[Array], outs: Sequence[Array], factor: Array, shift: Array | None) -> None:
@@ -159,6 +164,14 @@ class _OnHost(NumpyKernels):
 
 
 NUMPY, _ON_HOST = NumpyKernels(), _OnHost(scalars)
+
+
+def _overlap(leaves: Sequence[Array]) -> bool:
+    """Whether two leaves may share memory: their first and last bytes say so."""
+    if all(x.base is None for x in leaves):
+        return False
+    spans = sorted(np.lib.array_utils.byte_bounds(x) for x in leaves if x.size)
+    return any(end > start for (_, end), (start, _) in pairwise(spans))
 
 
 def _fsum(values: list[float]) -> float:
