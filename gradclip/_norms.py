@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from gradclip._numbers import Measured, Parts, hypot, longest_of, moderate, pick, range_of, rounded, unit
+from gradclip._numbers import RANGES, Measured, Parts, hypot, longest_of, moderate, pick, range_of, rounded, unit
 from gradclip._types import Array, Namespace, ReduceOp
 
 Total: TypeAlias = Callable[..., Array]
@@ -49,28 +49,59 @@ class Law:
 
 
 @dataclass(frozen=True)
-class TwoNorm(Law):
-    """sqrt(sum |x|^2). Partial: sums of squares of the small (scaled up), middle and big (scaled down) elements."""
+class SumNorm(Law):
+    """A root of the sum of |x|^power. Partial: the sums of small (scaled up), middle and big (scaled down) elements."""
+
+    power: int = 1
+
+    def apart(self, parts: Parts) -> tuple[Parts, ...]:
+        """The parts that make a term together, and are small or big together."""
+        raise NotImplementedError
+
+    def term(self, xp: Namespace, parts: Parts) -> Array:
+        """What is added up: |x|^power of such parts."""
+        raise NotImplementedError
 
     def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
-        bins = []
-        for x in parts:
-            if narrow:
-                middle = total(x * x)
-                bins.append(xp.stack([xp.zeros_like(middle), middle, xp.zeros_like(middle)]))
-                continue
-            r = range_of(x)
-            size, zero, one = xp.abs(x), xp.zeros_like(x), xp.ones_like(x)
-            big = xp.logical_not(size <= r.huge)  # NaN too
-            small = size < r.tiny
-            # One multiplier per element, selected: XLA would make x*x*(s*s) of (x*s)*(x*s), and that overflows.
-            scaled = size * xp.where(big, one / r.step, xp.where(small, one * r.step, one))
-            square = scaled * scaled
-            middle = xp.where(xp.logical_or(big, small), zero, square)
-            bins.append(
-                xp.stack([total(xp.where(small, square, zero)), total(middle), total(xp.where(big, square, zero))])
-            )
+        bins = [self._bins(xp, these, total, narrow) for these in self.apart(parts)]
         return bins[0] if len(bins) == 1 else bins[0] + bins[1]
+
+    def _bins(self, xp: Namespace, parts: Parts, total: Total, narrow: bool) -> Array:
+        if narrow:
+            middle = total(self.term(xp, parts))
+            return xp.stack([xp.zeros_like(middle), middle, xp.zeros_like(middle)])
+        r, longest = range_of(parts[0]), longest_of(xp, parts)
+        zero, one = xp.zeros_like(longest), xp.ones_like(longest)
+        big = xp.logical_not(longest <= (r.huge if self.power == 2 else r.huge_sum))  # NaN too
+        small = longest < r.tiny
+        # One multiplier per element, selected: XLA would make x*x*(s*s) of (x*s)*(x*s), and that overflows.
+        multiplier = xp.where(big, one / r.step, xp.where(small, one * r.step, one))
+        term = self.term(xp, tuple(part * multiplier for part in parts))
+        middle = xp.where(xp.logical_or(big, small), zero, term)
+        return xp.stack([total(xp.where(small, term, zero)), total(middle), total(xp.where(big, term, zero))])
+
+    def binned(self, xp: Namespace, total: Array) -> Array:
+        """The float64 sum of the terms of float32 elements, as a partial in float32: in the bin that holds it."""
+        r, zero = RANGES["float32"], xp.zeros_like(total)
+        scale = r.step**self.power
+        big = xp.logical_not(total <= r.huge**2)  # NaN too
+        small = total < r.thin * 2.0**-48  # as many shards have room in the bin
+        middle = xp.where(xp.logical_or(big, small), zero, total)
+        bins = [xp.where(small, total * scale, zero), middle, xp.where(big, total / scale, zero)]
+        return xp.astype(xp.stack(bins), xp.float32)
+
+
+@dataclass(frozen=True)
+class TwoNorm(SumNorm):
+    """sqrt(sum |x|^2)."""
+
+    power: int = 2
+
+    def apart(self, parts: Parts) -> tuple[Parts, ...]:
+        return tuple((x,) for x in parts)
+
+    def term(self, xp: Namespace, parts: Parts) -> Array:
+        return parts[0] * parts[0]
 
     def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
         low, mid, high = joined[0][0], joined[0][1], joined[0][2]
@@ -93,26 +124,14 @@ class TwoNorm(Law):
 
 
 @dataclass(frozen=True)
-class OneNorm(Law):
-    """sum |x|. Partial: sums of the magnitudes of small (scaled up), middle and big (scaled down) elements.
+class OneNorm(SumNorm):
+    """sum |x|. The small ones have a bin for XLA's sake: it may flush the rounding errors of a compensated sum."""
 
-    The small ones would be added exactly as they are, but for XLA: where it flushes subnormals, it flushes the
-    rounding errors of a compensated sum.
-    """
+    def apart(self, parts: Parts) -> tuple[Parts, ...]:
+        return (parts,)
 
-    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
-        if narrow:
-            middle = total(hypot(xp, parts))
-            return xp.stack([xp.zeros_like(middle), middle, xp.zeros_like(middle)])
-        r = range_of(parts[0])
-        longest = longest_of(xp, parts)
-        big = xp.logical_not(longest <= r.huge_sum)
-        small = longest < r.tiny
-        one = xp.ones_like(longest)
-        multiplier = xp.where(big, one / r.step, xp.where(small, one * r.step, one))
-        size, zero = hypot(xp, tuple(part * multiplier for part in parts)), xp.zeros_like(longest)
-        middle = xp.where(xp.logical_or(big, small), zero, size)
-        return xp.stack([total(xp.where(small, size, zero)), total(middle), total(xp.where(big, size, zero))])
+    def term(self, xp: Namespace, parts: Parts) -> Array:
+        return hypot(xp, parts)
 
     def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
         low, mid, high = joined[0][0], joined[0][1], joined[0][2]

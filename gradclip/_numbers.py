@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from typing import NamedTuple, TypeAlias
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
 
 from gradclip._types import Array, Namespace
 
@@ -38,7 +39,12 @@ RANGES = {
 
 def range_of(x: Array) -> Range:
     """The constants for the dtype of `x`."""
-    return RANGES["float64" if "float64" in str(x.dtype) else "float32"]
+    return _range(x.dtype)
+
+
+@lru_cache(64, typed=True)
+def _range(dtype: Any) -> Range:
+    return RANGES["float64" if "float64" in str(dtype) else "float32"]
 
 
 class Measured(NamedTuple):

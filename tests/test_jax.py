@@ -976,11 +976,12 @@ def chosen() -> Iterator[list[str]]:
 class TestTheBranchFreePath:
     """The code that a GPU gets, on the CPU."""
 
+    @pytest.mark.parametrize("p", [1.0, 2.0])
     @pytest.mark.parametrize("dtype", list(_VALUES))
-    def test_extremes_under_jit(self, chosen: list[str], dtype: str) -> None:
+    def test_extremes_under_jit(self, chosen: list[str], dtype: str, p: float) -> None:
         chosen.clear()
         jax.config.update("jax_enable_x64", dtype in _WIDE)
-        _check_constant(dtype, 2.0)
+        _check_constant(dtype, p)
         assert ("bins" in chosen) == (dtype != "float16")  # no square of a float16 needs bins
 
     def test_eager(self, chosen: list[str]) -> None:

@@ -76,6 +76,14 @@ def exact_norm(counts: np.ndarray, values: np.ndarray, p: float) -> Any:
     return mpmath.fsum(terms) ** (1 / mpmath.mpf(p))
 
 
+def finished(p: float, joined: tuple[np.ndarray, ...]) -> Any:
+    """The norm that joined float32 partials stand for."""
+    with np.errstate(all="ignore"):  # as the kernels do
+        measured = law(p).finish(xp, joined, False)
+    exponent = 0 if measured.exponent is None else int(measured.exponent)
+    return mpmath.mpf(float(measured.root)) * mpmath.mpf(2) ** (90 * exponent)
+
+
 CASES = [(2.0, dtype, kind) for dtype in ("float64", "float32") for kind in ("ordinary", "small", "large", "largest")]
 CASES += [(1.0, "float64", "large"), (1.0, "float32", "ordinary"), (0.0, "float64", "small")]
 CASES += [(INF, "float32", "largest"), (3.0, "float64", "large"), (3.0, "float32", "ordinary")]
@@ -106,9 +114,7 @@ def test_a_trillion_elements(p: float, dtype: str, kind: str, order: Any) -> Non
         else:
             for op in law(p).ops:
                 all_reduce(None, op)
-            measured = law(p).finish(xp, tuple(tables), False)
-            exponent = 0 if measured.exponent is None else int(measured.exponent)
-            norm, factor = mpmath.mpf(float(measured.root)) * mpmath.mpf(2) ** (90 * exponent), None
+            norm, factor = finished(p, tuple(tables)), None
         want = exact_norm(counts, values, p)
         assert len(asked) == len(law(p).ops)
         if want > exact.largest("float64"):
@@ -119,6 +125,36 @@ def test_a_trillion_elements(p: float, dtype: str, kind: str, order: Any) -> Non
             assert off <= bound, f"norm {mpmath.nstr(norm, 20)}, exactly {mpmath.nstr(want, 20)}: {mpmath.nstr(off, 3)}"
         if factor is not None:
             assert abs(factor * max(want, 1) - 1) <= 1e-11, "also where the norm itself is beyond float64"
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "small", "large", "largest"])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_shards_that_add_up_in_float64_join_in_float32(p: float, kind: str) -> None:
+    """What JAX does with float32 on the CPU: each shard's sum is in the bin that holds it."""
+    counts, values = model("float32", kind)
+    table = law(p).binned(xp, counts * np.abs(values.astype(np.float64)) ** p)
+    assert table.dtype == np.float32
+    assert (np.count_nonzero(table, axis=0) == (values != 0)).all()
+    with mpmath.workdps(60):
+        want = exact_norm(counts, values, p)
+        assert abs(finished(p, (tree("sum", table),)) / want - 1) <= 1e-6
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_every_sum_has_its_bin(p: float) -> None:
+    """One shard, or as many as can be; from the least sum of float32 elements to that of 2**30 of the largest."""
+    least, most = -149 * int(p), 128 * int(p) + 30
+    totals = 1.7 * np.exp2(np.arange(least, most, dtype=np.float64))
+    bins = law(p).binned(xp, totals)
+    for total, one in zip(totals, bins.T, strict=True):
+        for shards in (1, 2**20):
+            joined = one * np.float32(shards)
+            assert np.isfinite(joined).all(), (total, shards)
+            root = mpmath.root(mpmath.mpf(float(total)) * shards, int(p))
+            assert abs(finished(p, (joined,)) / root - 1) <= 2e-7, (total, shards)
+    for bad in (math.inf, math.nan):
+        norm = law(p).finish(xp, (law(p).binned(xp, np.float64(bad)),), False).root
+        np.testing.assert_array_equal(norm, bad)
 
 
 # -- the cost model ----------------------------------------------------------------------------------------------------

@@ -63,9 +63,13 @@ def _dot_rows(x: Array) -> float:
     row = _row(x.dtype.type)
     if row == 0:
         return float(np.sum(np.square(x, dtype=np.float64)))
-    rows = x[: x.size - x.size % row].reshape(-1, row)
-    rest = x[rows.size :]
-    return float(np.sum(np.vecdot(rows, rows), dtype=np.float64)) + float(np.dot(rest, rest))
+    whole = x.size - x.size % row
+    rest = x[whole:]
+    total = float(np.dot(rest, rest))
+    if whole:
+        rows = x[:whole].reshape(-1, row)
+        total += float(np.add.reduce(np.vecdot(rows, rows), dtype=np.float64))
+    return total
 
 
 @lru_cache
@@ -74,12 +78,12 @@ def _row(kind: type) -> int:
 
     Equal elements are the worst case: their errors do not cancel. 0: no row is good enough.
     """
-    values = np.linspace(1, 2, 257, dtype=kind)[:, None]
+    values = np.exp2(np.linspace(0, 1, 999)).astype(kind)[:, None]  # squares of fewer bits would add up exactly
     unit = float(np.finfo(kind).eps)
     for row in (512, 256, 128, 64):
-        x = np.broadcast_to(values, (257, row)).copy()
+        x = np.repeat(values, row, axis=1)
         error = np.vecdot(x, x).astype(np.float64) / (np.square(values[:, 0].astype(np.longdouble)) * row) - 1
-        if np.max(np.abs(error)) / 2 < 0.8 * unit:
+        if np.max(np.abs(error)) / 2 < 0.75 * unit:  # 0.9e-7 for float32: others are up to a tenth worse
             return row
     return 0
 

@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from gradclip._kernels.dtypes import dtype_name
 from gradclip._kernels.generic import Kernels
 from gradclip._kernels.jax_leaves import SHORT, replicate, strung
-from gradclip._norms import Law, TwoNorm, join
+from gradclip._norms import Law, SumNorm, Total, TwoNorm, join
 from gradclip._numbers import Measured, range_of
 from gradclip._types import Array, Call
 
@@ -92,24 +92,35 @@ class JaxKernels(Kernels):
         def contributions(merged: list[Array]) -> list[Array]:
             return [law.contribute(jnp, self.parts(x, acc), self.total, narrow and not seen, seen) for x in merged]
 
-        if narrow or not isinstance(law, TwoNorm):
+        if narrow or not isinstance(law, SumNorm):
             return contributions(merged)
 
         def bins(merged: list[Array]) -> Array:
             return join(jnp, "sum", contributions(merged), self.total)
 
-        def branching(merged: list[Array]) -> Array:
-            """One plain sum of squares; the bins only where that left the safe range.
+        def sum_of(merged: list[Array], acc: Any, total: Total) -> Array:
+            parts = [these for x in merged for these in law.apart(self.parts(x, acc))]
+            return total(jnp.stack([total(law.term(jnp, these)) for these in parts]))
 
-            25 million float32 elements on 2 cores: 3.8 ms, the plain sum alone 3.7 ms, the bins 102 ms.
+        def in_float64(merged: list[Array]) -> Array:
+            """No bins: the sum is exact enough, and cannot leave its range."""
+            with jax.enable_x64(True):
+                return law.binned(jnp, sum_of(merged, jnp.float64, jnp.sum))
+
+        def on_cpu(merged: list[Array]) -> Array:
+            """One plain sum of squares; more only where that left the safe range.
+
+            25 million float32 elements on 2 cores: 3.8 ms, the plain sum alone 3.7 ms, the bins 102 ms, float64 8 ms.
             """
-            squares = [self.total(part * part) for x in merged for part in self.parts(x, acc)]
-            plain = join(jnp, "sum", squares, self.total)
+            safely = bins if acc == jnp.float64 else in_float64
+            if not isinstance(law, TwoNorm):
+                return safely(merged)
+            plain = sum_of(merged, acc, self.total)
             r = range_of(plain)
             safe = jnp.logical_and(plain >= r.thin, plain <= r.huge**2)
-            return lax.cond(safe, lambda s, x: jnp.stack([0 * s, s, 0 * s]), lambda s, x: bins(x), plain, merged)
+            return lax.cond(safe, lambda s, x: jnp.stack([0 * s, s, 0 * s]), lambda s, x: safely(x), plain, merged)
 
-        return [lax.platform_dependent(merged, cpu=branching, default=bins)]
+        return [lax.platform_dependent(merged, cpu=on_cpu, default=bins)]
 
     def measure(self, leaves: Sequence[Array], law: Law, acc: Any, all_reduce: Call | None) -> Measured:
         return _measure(self, law, acc, all_reduce, list(leaves))

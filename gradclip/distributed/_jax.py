@@ -81,12 +81,12 @@ class Psum(Engine):
 
 
 def _cast(x: Array, axes: tuple[str, ...]) -> Array:
-    """The same value, typed as varying over these axes, too. JAX 0.7 calls it `pvary`."""
+    """The same value, typed as varying over these axes, too. JAX 0.8 calls it `pvary`."""
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
 
 
 def _varying(x: Array) -> frozenset[str]:
-    """The manual axes over which a value varies, as far as JAX tracks them. JAX 0.7 keeps them in `vma`."""
+    """The manual axes over which a value varies, as far as JAX tracks them. JAX 0.8 keeps them in `vma`."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)
     return frozenset(getattr(manual, "varying", None) or getattr(kind, "vma", None) or ())
