@@ -56,9 +56,9 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
 
     Notes
     -----
-    At most 4 units in the last place off up to 1e5 elements, without overflow or underflow on the way: sums are
-    kept wide, or in bins for big, middle and small magnitudes (Blue, ACM TOMS 4, 1978; Anderson, ACM TOMS
-    44, 2017). Never waits for the device. In JAX differentiable, 0 at g = 0.
+    At most 4 units in the last place off up to 1e5 elements (8, or 4/|p|, for p other than 0, 1, 2, inf, -inf),
+    without overflow or underflow on the way: sums are kept wide, or in bins for big, middle and small magnitudes
+    (Blue, ACM TOMS 4, 1978; Anderson, ACM TOMS 44, 2017). Never waits for the device. In JAX differentiable, 0 at g = 0.
 
     Examples
     --------
@@ -104,7 +104,8 @@ def clip_grad_norm(
     norm : float or 0-d array, optional
         The norm of these gradients (after `divide_by`), if it is known already. It is trusted.
     divide_by : float or 0-d array, optional
-        Divide the gradients by this first (a loss scale, an accumulation count), at no extra pass.
+        Divide the gradients by this first (a loss scale, an accumulation count), at no extra pass. Positive and
+        finite; one that is not, and that the host cannot see, gives NaN everywhere.
     all_reduce : callable, optional
         As in `global_norm`.
 
@@ -117,7 +118,10 @@ def clip_grad_norm(
 
     Raises
     ------
-    LeafError, NonFiniteError
+    LeafError
+        As `global_norm`.
+    NonFiniteError
+        If `nonfinite` asks for it: the leaves that are not finite, with key paths and counts.
     ValueError, TypeError
         For a bad `max_norm`, `norm_type`, `nonfinite`, `norm` or `divide_by`, before any work.
 
@@ -249,9 +253,12 @@ def _decide(
     xp, acc = kernels.xp, kernels.accumulation(arrays)
     max_norm, divisor = bounds.max_norm, bounds.divide_by
     with kernels.on(kernels.devices(arrays)[0]):
+        if divisor is not None:
+            positive = xp.logical_and(divisor.root > 0, divisor.root < math.inf)
+            divisor = Measured(xp.where(positive, divisor.root, math.nan * xp.ones_like(divisor.root)), divisor.exponent)
         if bounds.norm is None:
             total = kernels.measure(arrays, law, acc, all_reduce)
-            norm = total if divisor is None else total.divided(xp, divisor.magnitude(xp))
+            norm = total if divisor is None else total.divided(xp, divisor)
         else:  # it is the norm after the division
             norm = bounds.norm
             total = norm if divisor is None else norm.multiplied(xp, divisor)
@@ -270,7 +277,7 @@ def _decide(
             bound.where(xp, clips, unity), total.where(xp, clips, unity if divisor is None else divisor)
         )
         factor = xp.where(xp.isnan(bound.root), bound.root, factor)
-        root = total.root if divisor is None else xp.where(xp.abs(divisor.root) > 0, total.root, math.nan * one)
+        root = total.root if divisor is None else xp.where(xp.isnan(divisor.root), divisor.root, total.root)
         factor = xp.where(xp.isfinite(root), factor, (0 if nonfinite == "zero" else math.nan) * one)
         return reported, factor, shift, root, total.root
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from gradclip._numbers import RANGES, Measured, Parts, hypot, longest_of, moderate, pick, range_of, rounded, unit
+from gradclip._numbers import RANGES, Measured, Parts, hypot, longest_of, magnitudes, moderate, pick, range_of, rounded, unit
 from gradclip._types import Array, Namespace, ReduceOp
 
 Total: TypeAlias = Callable[..., Array]
@@ -241,27 +241,20 @@ class PowerNorm(Law):
             return self._extreme.contribute(xp, parts, total, narrow, seen)
         pivot = self._extreme.finish(xp, seen, narrow)
         usable = xp.logical_and(pivot.root > 0, xp.isfinite(pivot.root))
-        size = hypot(xp, tuple(pivot.over(xp, x) for x in parts))
-        # An array, so that every element is divided: XLA would take the powers of x and of 1/m apart.
-        root = xp.where(xp.logical_and(size > 0, usable), pivot.root, xp.ones_like(size))
-        power = abs(self.p)
-        if self.p > 0:
-            terms = self._powers(xp, size, root, power)
-        else:
-            zero = xp.zeros_like(size)
-            ratio = root / xp.where(size > 0, size, xp.ones_like(size))
-            terms = xp.where(size > 0, ratio**power, zero)
-        return xp.stack([total(xp.where(xp.isfinite(terms), terms, xp.zeros_like(terms)))])
-
-    def _powers(self, xp: Namespace, size: Array, root: Array, power: float) -> Array:
-        """(size / root)**power, right also where the quotient underflows but its power counts (small p)."""
-        ratio = size / root
-        lift = range_of(size).lift
-        if power * math.log2(lift) > 110:  # 2**48 elements below 1/lift together are less than 2**-60
-            return ratio**power
-        lost = ratio < 2.0 / lift
-        lifted = xp.where(lost, size, xp.zeros_like(size)) * lift / root
-        return xp.where(lost, lifted**power * lift**-power, ratio**power)
+        (size, i), (root, j) = magnitudes(xp, parts), pivot.split(xp)
+        counts = xp.logical_and(size > 0, usable)
+        one, zero = xp.ones_like(size), xp.zeros_like(size)
+        # Arrays, so that every element is divided: XLA would take the powers of x and of 1/m apart.
+        size, root = xp.where(counts, size, one), xp.where(counts, root, one)
+        ratio, k = (size / root, i - j) if self.p > 0 else (root / size, j - i)
+        # The quotient is ratio * step**k, and at most 1. It is brought to a ratio of at most 1 with k = 0 .. -4.
+        step, power = range_of(size).step, abs(self.p)
+        up, down = k > 0, xp.logical_and(k < 0, ratio > 1)
+        term = (ratio * xp.where(up, one * step, xp.where(down, one / step, one))) ** power
+        k = xp.where(down, k + 1, k)
+        for n in range(1, 5):
+            term = term * xp.where(k <= -n, one * step**-power, one)
+        return xp.stack([total(xp.where(counts, term, zero))])
 
     def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
         pivot = self._extreme.finish(xp, joined[:1], narrow)
@@ -270,14 +263,15 @@ class PowerNorm(Law):
         inverse = rounded(0.5 / self.p, terms)
         # 1/p is rounded; the rest of it is put back: s**(1/p) = (s**inverse)**2 * (1 + rest * log s)
         rest = float(1 / Fraction(self.p) - 2 * Fraction(inverse))
-        top = xp.full_like(safe, range_of(safe).top)
-        half = xp.minimum(safe**inverse, top)
-        half = xp.where(pivot.root > 0, half, xp.ones_like(half))
-        base = pivot.root * (1 + rest * xp.log(safe))
-        if pivot.exponent is None:  # wide enough; for p near 0 the root stops at the largest number
-            root, exponent = xp.minimum(xp.minimum(base * half, top) * half, top), None
+        root, half, top = pivot.root * (1 + rest * xp.log(safe)), safe**inverse, range_of(safe).top
+        if pivot.exponent is None and 50 / abs(self.p) < 0.8 * math.log2(top):
+            root, exponent = root * half * half, None
         else:
-            root, exponent = base, pivot.exponent
+            # For p near 0 what 2**48 elements can add is beyond counting: so far that what is clipped is 0.
+            far = half >= top
+            exponent = xp.where(far, 50 * xp.ones_like(half), xp.zeros_like(half))
+            exponent = exponent if pivot.exponent is None else exponent + pivot.exponent
+            half = xp.where(far, xp.ones_like(half), half)
             for factor in (half, half):
                 (m, i), (n, j) = moderate(xp, root), moderate(xp, factor)
                 root, exponent = m * n, exponent + i + j

@@ -62,8 +62,6 @@ class Measured(NamedTuple):
         return m, e if self.exponent is None else e + self.exponent
 
     def multiplied(self, xp: Namespace, other: Measured) -> Measured:
-        if self.exponent is None and other.exponent is None:
-            return Measured(self.root * other.root, None)
         (m, i), (n, j) = self.split(xp), other.split(xp)
         return Measured(m * n, i + j)
 
@@ -82,9 +80,6 @@ class Measured(NamedTuple):
         more, less = xp.logical_and(i > j, n > 0), xp.logical_and(i < j, n > 0)
         step, one = range_of(m).step, xp.ones_like(m)
         return m * xp.where(more, step * one, xp.where(less, one / step, one)) > n
-
-    def magnitude(self, xp: Namespace) -> Measured:
-        return Measured(xp.abs(self.root), self.exponent)
 
     def where(self, xp: Namespace, mask: Array, other: Measured) -> Measured:
         """This number where `mask`, else `other`."""
@@ -111,7 +106,7 @@ class Measured(NamedTuple):
 
 
 def rescale(xp: Namespace, x: Array, exponent: Array) -> Array:
-    """`x * step**exponent` for whole exponents from -3 to 3, one step at a time. Linear in x."""
+    """`x * step**exponent` for whole exponents, at most three steps. Linear in x."""
     for k in range(3):
         x = x * _step(xp, x, exponent, k)
     return x
@@ -218,3 +213,12 @@ def moderate(xp: Namespace, x: Array, step: float = 0.0) -> tuple[Array, Array]:
         x = x * xp.where(up, one / step, xp.where(down, step * one, one))
         e = e + xp.where(up, one, xp.where(down, -one, 0 * one))
     return x, e
+
+
+def magnitudes(xp: Namespace, parts: Parts) -> tuple[Array, Array]:
+    """|x| of every element, as `moderate` gives it: right also where |x| itself is subnormal, or beyond the range."""
+    if len(parts) == 1:
+        return moderate(xp, xp.abs(parts[0]))
+    _, e = moderate(xp, longest_of(xp, parts))
+    m, more = moderate(xp, hypot(xp, tuple(rescale(xp, part, -e) for part in parts)))
+    return m, e + more

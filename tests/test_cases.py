@@ -388,6 +388,33 @@ def test_norm_given_is_trusted_and_met_by_the_policy(xp):
             xp.clip_grad_norm(xp.tree([f32(6, 8)]), 5.0, norm=INF, nonfinite="error")
 
 
+def test_norm_and_divide_by_whose_product_is_beyond_the_dtype(xp):
+    """The norm that gradclip itself reported for these gradients and this divisor."""
+    for dtype, value in (("float32", 3e38), ("float64", 1.5e308)):
+        if not xp.has(dtype):
+            continue
+        grads = [xp.array([value, value], dtype)]
+        norm = xp.clip_grad_norm(grads, 1.0, divide_by=10.0).norm
+        assert math.isfinite(float(xp.numpy(norm)))
+        out, _ = xp.clip_grad_norm(grads, 1.0, norm=norm, divide_by=10.0)
+        np.testing.assert_allclose(xp.numpy(out[0]), math.sqrt(0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-2.0, 0.0, INF, NAN])
+@pytest.mark.parametrize("max_norm", [1.0, 100.0])
+def test_device_divide_by_that_is_not_positive_and_finite_gives_nan(xp, bad, max_norm):
+    grads = xp.tree([f32(3, 4)])
+    if xp.name.startswith("numpy"):
+        with pytest.raises(ValueError, match="divide_by must be a positive number"):
+            xp.clip_grad_norm(grads, max_norm, divide_by=xp.array(np.float32(bad)))
+        return
+    out, norm = xp.clip_grad_norm(grads, max_norm, divide_by=xp.array(np.float32(bad)))
+    assert np.isnan(xp.numpy(out[0])).all()
+    assert np.isnan(xp.numpy(norm))
+    out, _ = xp.clip_grad_norm(grads, max_norm, divide_by=xp.array(np.float32(bad)), nonfinite="zero")
+    assert (xp.numpy(out[0]) == 0).all()
+
+
 # -- in place ------------------------------------------------------------------------------------------------------
 
 

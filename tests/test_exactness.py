@@ -168,11 +168,67 @@ def test_clipped_norm_is_at_most_the_bound(xp, dtype):
 def test_a_narrow_leaf_beside_a_wide_one(xp, p):
     """The second pass of a narrow leaf divides by what the first pass found in the wide one.
 
-    The sum of powers, off by a unit in the last place or so, is raised to 1/p: so much the error grows.
+    The sum of powers, off by a unit in the last place or so, is raised to 1/p: so much, and up to four times, the error grows.
     """
     if not xp.has("float64"):
         pytest.skip("needs float64")
     host = [np.full(1000, 1e38, np.float32), np.array([1e300 if p > 0 else 1e-300])]
     exact.check_norm(
-        xp.numpy(xp.global_norm([xp.array(x) for x in host], p)), exact.norm(host, p), "float64", max(8, abs(1 / p))
+        xp.numpy(xp.global_norm([xp.array(x) for x in host], p)), exact.norm(host, p), "float64", max(8, abs(4 / p))
     )
+
+
+FAR_APART = {
+    "float32": [[1e20, 1e-12], [1e-20, 1e20], [3e38, 1.0, 2e-38]],
+    "float64": [[1e300, 1e-300], [3e-308, 1e308], [1.7e308, 1.0, 3e-308]],
+}
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5, -0.02, -0.1, -0.5])
+@pytest.mark.parametrize("dtype", list(FAR_APART))
+def test_for_small_p_every_magnitude_counts(xp, dtype, p):
+    """0.02: (1e-300 / 1e300)**p is 1e-12, though the quotient is beyond float64."""
+    need(xp, dtype)
+    rng = np.random.default_rng(6)
+    reach = 110 if dtype == "float32" else 1000
+    host = [np.array(x, dtype) for x in FAR_APART[dtype]]
+    host += [np.exp2(rng.uniform(-reach, reach, 12)).astype(dtype) for _ in range(4)]
+    for x in host:
+        want = exact.norm([x], p)
+        if not xp.flushes or want > exact.smallest_normal(dtype):
+            exact.check_norm(xp.numpy(xp.global_norm([xp.array(x)], p)), want, dtype, max(8, abs(4 / p)))
+
+
+@pytest.mark.parametrize("p", [0.001, 0.003])
+def test_a_norm_beyond_all_range_clips_to_zeros(xp, p):
+    """100**(1/p) is 1e667 and more: the norm is inf, the gradients were finite."""
+    for dtype, value in (("float32", 1e30), ("float64", 1e300)):
+        if not xp.has(dtype):
+            continue
+        out, norm = xp.clip_grad_norm([xp.array(np.full(100, value), dtype)], value, p)
+        assert float(xp.numpy(norm)) == math.inf
+        assert (xp.numpy(out[0]) == 0).all()
+
+
+@pytest.mark.parametrize("p", [-0.5, -1.0, -2.0, -8.0])
+def test_for_negative_p_a_zero_makes_the_norm_zero(xp, p):
+    """Whatever the powers of the others add up to."""
+    for dtype, value in (("float32", 2e-5), ("float32", 1e-37), ("float64", 1e-154), ("float64", 1e-307)):
+        if not xp.has(dtype):
+            continue
+        host = np.concatenate([np.zeros(1), np.full(30, value)]).astype(dtype)
+        out, norm = xp.clip_grad_norm([xp.array(host)], 1.0, p)
+        assert float(xp.numpy(norm)) == 0
+        assert xp.numpy(out[0]).tobytes() == host.tobytes()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0, 1.5, 2.0, 3.0, -1.0])
+def test_subnormal_complex_numbers(xp, p):
+    """The magnitude of re + i im is no multiple of the smallest number."""
+    need(xp, "complex128")
+    if xp.flushes:
+        pytest.skip(f"{xp.name} takes subnormals for 0")
+    for n, ratio in ((600, 1.0), (600, 0.3), (1, 1.0)):
+        host = np.full(n, 2.0**-1070 * (1 + 1j * ratio))
+        norm = xp.global_norm([xp.array(host)], p)
+        exact.check_norm(xp.numpy(norm), exact.norm([host], p), "float64", max(8, abs(4 / p)))

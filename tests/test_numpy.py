@@ -19,6 +19,7 @@ import gradclip
 from backends import np_dtype
 from exact import mpmath
 from gradclip._kernels import blocks, threads
+from gradclip._kernels import numpy as kernels
 
 pytestmark = pytest.mark.library("numpy")
 
@@ -290,3 +291,23 @@ def test_what_leaves_share_is_scaled_once(size, views, limit):
     reported = gradclip.clip_grad_norm_(tree, 0.5)
     exact.check_norm(reported, norm, "float64", ulps=4)
     np.testing.assert_allclose(x, before * (0.5 / float(norm)), rtol=1e-15)
+
+
+@pytest.mark.parametrize("size", [20, 2_100_000])
+def test_a_leaf_whose_own_elements_share_memory_is_scaled_once(size, limit):
+    gradclip.set_num_threads(2)
+    x = np.random.default_rng(4).standard_normal(size)
+    before, window = x.copy(), np.lib.stride_tricks.sliding_window_view(x, 2, writeable=True)
+    norm = float(gradclip.clip_grad_norm_([window], 0.5))
+    assert math.isclose(norm, math.sqrt(2 * math.fsum(before**2) - before[0] ** 2 - before[-1] ** 2), rel_tol=1e-15)
+    np.testing.assert_allclose(x, before * (0.5 / norm), rtol=1e-15)
+
+
+def test_which_arrays_are_folded():
+    x = np.zeros((8, 9, 10))
+    whole = [x, x.T, x[::2, 1:, ::-3], x[..., None], x[:, :1], x.transpose(1, 0, 2)[3:5], x[::-1].real]
+    assert not any(map(kernels._folded, whole))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (2, 2), axis=(0, 1))
+    assert kernels._folded(windows)
+    assert not kernels._folded(windows[::2, ::2])
+    assert kernels._folded(np.lib.stride_tricks.as_strided(x, (5, 5), (8, 16)))

@@ -58,9 +58,12 @@ class Kernels:
         return nullcontext() if numpy is None else numpy.errstate(all="ignore")
 
     def full(self, value: float, dtype: Any, device: Any) -> Array:
-        """A 0-d array that needs no copy from the host; inf if `dtype` cannot hold the value."""
-        if abs(value) > float(self.xp.finfo(dtype).max):
-            value = math.copysign(math.inf, value)
+        """A 0-d array that needs no copy from the host: the value rounded to `dtype`."""
+        info = self.xp.finfo(dtype)
+        largest = float(info.max)
+        if abs(value) > largest:  # some libraries refuse it
+            beyond = abs(value) >= largest + largest / (2 - info.eps) * info.eps / 2  # half a unit in the last place
+            value = math.copysign(math.inf if beyond else largest, value)
         return self.xp.full((), value, dtype=dtype, device=device)
 
     def total(self, x: Array, axis: int | None = None) -> Array:

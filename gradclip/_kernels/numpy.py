@@ -167,11 +167,23 @@ NUMPY, _ON_HOST = NumpyKernels(), _OnHost(scalars)
 
 
 def _overlap(leaves: Sequence[Array]) -> bool:
-    """Whether two leaves may share memory: their first and last bytes say so."""
+    """Whether two elements may share memory: of two leaves, as their first and last bytes say, or of one."""
     if all(x.base is None for x in leaves):
         return False
     spans = sorted(np.lib.array_utils.byte_bounds(x) for x in leaves if x.size)
-    return any(end > start for (_, end), (start, _) in pairwise(spans))
+    return any(end > start for (_, end), (start, _) in pairwise(spans)) or any(map(_folded, leaves))
+
+
+def _folded(x: Array) -> bool:
+    """Whether elements of one array may share memory, as those of a sliding window: a stride is within shorter ones."""
+    if x.flags.forc:
+        return False
+    reach = x.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
 
 
 def _fsum(values: list[float]) -> float:
