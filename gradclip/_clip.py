@@ -58,7 +58,8 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     -----
     At most 4 units in the last place off up to 1e5 elements (8, or 4/|p|, for p other than 0, 1, 2, inf, -inf),
     without overflow or underflow on the way: sums are kept wide, or in bins for big, middle and small magnitudes
-    (Blue, ACM TOMS 4, 1978; Anderson, ACM TOMS 44, 2017). Never waits for the device. In JAX differentiable, 0 at g = 0.
+    (Blue, ACM TOMS 4, 1978; Anderson, ACM TOMS 44, 2017). Never waits for the device. In JAX differentiable,
+    0 at g = 0.
 
     Examples
     --------
@@ -255,7 +256,9 @@ def _decide(
     with kernels.on(kernels.devices(arrays)[0]):
         if divisor is not None:
             positive = xp.logical_and(divisor.root > 0, divisor.root < math.inf)
-            divisor = Measured(xp.where(positive, divisor.root, math.nan * xp.ones_like(divisor.root)), divisor.exponent)
+            divisor = Measured(
+                xp.where(positive, divisor.root, math.nan * xp.ones_like(divisor.root)), divisor.exponent
+            )
         if bounds.norm is None:
             total = kernels.measure(arrays, law, acc, all_reduce)
             norm = total if divisor is None else total.divided(xp, divisor)

@@ -21,7 +21,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from gradclip._numbers import RANGES, Measured, Parts, hypot, longest_of, magnitudes, moderate, pick, range_of, rounded, unit
+from gradclip._numbers import (
+    RANGES,
+    Measured,
+    Parts,
+    hypot,
+    longest_of,
+    magnitudes,
+    moderate,
+    pick,
+    range_of,
+    rounded,
+    unit,
+)
 from gradclip._types import Array, Namespace, ReduceOp
 
 Total: TypeAlias = Callable[..., Array]

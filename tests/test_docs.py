@@ -34,6 +34,7 @@ NEEDS = {
     "gradclip.distributed._nccl": "cupy",
     "gradclip._kernels.cupy_compiler": "cupy",
     "gradclip._kernels.jax_leaves": "jax",
+    "gradclip._kernels.jax_sums": "jax",
 }
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)

@@ -168,7 +168,7 @@ def test_clipped_norm_is_at_most_the_bound(xp, dtype):
 def test_a_narrow_leaf_beside_a_wide_one(xp, p):
     """The second pass of a narrow leaf divides by what the first pass found in the wide one.
 
-    The sum of powers, off by a unit in the last place or so, is raised to 1/p: so much, and up to four times, the error grows.
+    The sum of powers, off by a few units in the last place, is raised to 1/p: so much the error grows.
     """
     if not xp.has("float64"):
         pytest.skip("needs float64")
