@@ -90,7 +90,7 @@ ONLY = {
     "gradclip._kernels.jax": {"gradclip._types", *MATHEMATICS, *KERNELS_FOR_ALL, "gradclip._kernels.jax_leaves"},
     "gradclip._arguments": {*GROUND, "gradclip._tree", "gradclip._dispatch"},
     **dict.fromkeys(ENGINES, GROUND),
-    "gradclip.distributed": {*GROUND, *ENGINES},
+    "gradclip.distributed": {*GROUND, "gradclip._tree", *ENGINES},
 }
 
 LIBRARIES = {
