@@ -786,6 +786,23 @@ def test_numpy_beside_jax_is_jax():
             gradclip.clip_grad_norm_(tree, 1.0)
 
 
+@pytest.mark.library("jax")
+@pytest.mark.parametrize("x64", [False, True])
+def test_numpy_float64_beside_jax_is_what_jax_makes_of_it(x64):
+    jax = pytest.importorskip("jax")
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", x64)
+    try:
+        tree = [np.array([3.0, 4.0]), jax.numpy.float32([0.0])]
+        for bound in (1.0, 10.0):
+            got, norm = gradclip.clip_grad_norm(tree, bound)
+            assert [x.dtype for x in got] == [np.float64 if x64 else np.float32, np.float32]
+            assert got[0].dtype == jax.numpy.asarray(tree[0]).dtype == norm.dtype
+            np.testing.assert_allclose(got[0], [0.6, 0.8] if bound == 1.0 else [3.0, 4.0], rtol=1e-6)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 def test_a_memory_mapped_leaf_comes_back_itself(tmp_path):
     x = np.memmap(tmp_path / "x", dtype=np.float32, mode="w+", shape=(4,))
     x[:] = [3.0, 4.0, 0.0, 0.0]

@@ -1,6 +1,6 @@
 """One norm across devices, processes and machines: makers of `all_reduce`, and how to write one.
 
-A partial is a small 1-d array, at most 16 numbers whatever the number of leaves, and partials join by "sum", "max"
+A partial is a small 1-d array, at most 3 numbers whatever the number of leaves, and partials join by "sum", "max"
 or "min". So one collective gives every shard the norm of the whole (two for p outside 0, 1, 2, inf, -inf), and with
 that norm the same factor. `psum` joins over JAX's named axes, `mpi` over MPI ranks, `nccl` over GPUs.
 
@@ -163,9 +163,10 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
 
     Notes
     -----
-    One `allReduce` of at most 3 float64 numbers on the current stream; the host does not wait. Two for p outside
-    0, 1, 2, inf, -inf. The ranks must agree on all arguments and on whether there are 64-bit leaves: NCCL would not
-    tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one `allGather` in that case only.
+    One `allReduce` of at most 3 float64 numbers on the current stream; two for p outside 0, 1, 2, inf, -inf. The host
+    does not wait, except on a rank without leaves. The ranks must agree on all arguments and on whether there are
+    64-bit leaves: NCCL would not tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one
+    `allGather` in that case only; each rank's text is cut at 4,096 bytes.
 
     Examples
     --------
