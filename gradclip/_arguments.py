@@ -101,14 +101,14 @@ def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
         for lo, hi in zip(*sides, strict=True):
             _check_kind(lo.path, lo.value)
             _check_kind(hi.path, hi.value)
-            pairs.append(_Pair(lo.value, hi.value, f"{lo.path} and {hi.path}"))
+            pairs.append(_Pair(_float(lo.value), _float(hi.value), f"{lo.path} and {hi.path}"))
     else:
         for path, bound in spread(clip_value, grads, "clip_value", _is_pair, is_nothing):
             if _is_pair(bound):
                 _check_kind(path, *bound)
-            low, high = bound if _is_pair(bound) else (None, bound)
-            pairs.append(_Pair(low, high, path))
-    pairs = [_Pair(_float(low), _float(high), where) for low, high, where in pairs]
+                pairs.append(_Pair(_float(bound[0]), _float(bound[1]), path))
+            else:
+                pairs.append(_Pair(None, _float(bound), path))
     for i, (leaf, pair) in enumerate(zip(flat.values, pairs, strict=True)):
         _check(pair)
         for bound in pair[:2]:
