@@ -32,7 +32,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Time gradclip beside floors and peers; print a table, write results.json and chart.png.",
     )
-    parser.add_argument("--short", action="store_true", help="under a minute: smaller trees, fewer rounds")
+    parser.add_argument("--short", action="store_true", help="about a minute: smaller trees, fewer rounds")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--trees", nargs="+", choices=TREES, metavar="TREE", help=", ".join(TREES))
     parser.add_argument("--threads", type=int, default=available(), help="limit for gradclip and torch; default: all")

@@ -53,13 +53,13 @@ def value_text(finding: Finding) -> str:
 
 
 def findings_text(sections: Sequence[Section]) -> str:
-    """The table of targets: one line a finding, in the order of the points."""
+    """The table of targets: one line a finding, in the targets' order."""
     rows = [("", "figure", "gradients", "dtype", "measured", "target", "")]
-    found = sorted((f for section in sections for f in section.findings), key=lambda f: f.target.point)
+    found = sorted((f for section in sections for f in section.findings), key=lambda f: f.target.order)
     for f in found:
         verdict = {True: "met", False: "NOT MET", None: ""}[f.met]
-        point, target = str(f.target.point), f.target.stated()
-        rows.append((point, f.target.what, f.tree, f.dtype, value_text(f), target, verdict))
+        order, target = str(f.target.order), f.target.stated()
+        rows.append((order, f.target.what, f.tree, f.dtype, value_text(f), target, verdict))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = "\n".join("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
     judged = [f.met for f in found if f.met is not None]

@@ -1,4 +1,4 @@
-"""What is to be reached, in one place; the numbers are those of the points under which the table lists them."""
+"""What is to be reached, in one place."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """A limit on one figure. Ratios are of times in the same run."""
+    """A limit on one figure. Ratios are of times in the same run.
 
-    point: int
+    `order` says where the report lists the figure: by rising numbers, which figures on one subject share.
+    """
+
+    order: int
     what: str
     limit: float | None
     unit: str = "x"

@@ -1,4 +1,4 @@
-"""What threads give: the same contest in a process for each limit, for a limit is read once, when a pool starts."""
+"""What threads give: the same contest for each limit, in a process of its own: `GRADCLIP_NUM_THREADS` is read once."""
 
 from __future__ import annotations
 

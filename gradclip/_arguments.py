@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from gradclip._dispatch import host_number, is_nothing, is_real, library, on_host
-from gradclip._tree import Flat, is_container, spread
+from gradclip._tree import Flat, is_container, lasting, spread
 from gradclip._types import Call, Engine, Leaf, Nonfinite, Scalar
 
 
@@ -68,40 +68,57 @@ def shards(all_reduce: Any, flat: Flat, norm_type: float, nonfinite: Nonfinite) 
     if isinstance(all_reduce, Engine):
         told = kinds
         if all_reduce.told is not None:
-            told = spread(all_reduce.told, flat.rebuild(flat.values), all_reduce.telling, lambda x: False, is_nothing)
+            grads = flat.rebuild(flat.values)
+            entries = spread(all_reduce.told, grads, all_reduce.telling, lambda x: False, is_nothing)
+            told = [entry.value for entry in entries]
         leaves = map(Leaf, flat.paths(), flat.values)
         kinds = [all_reduce.kind(leaf, entry) for leaf, entry in zip(leaves, told, strict=True)]
     return Call(all_reduce, kinds, norm_type, nonfinite)
 
 
+class _Pair(NamedTuple):
+    """The bounds of a leaf, and what a message calls them. `low` is None where minus `high` is meant."""
+
+    low: Any
+    high: Any
+    where: str = "clip_value"
+
+
 def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
     """`clip_value` as a pair for every leaf; a lower bound of None stands for minus the upper one."""
-    grads = flat.rebuild(flat.values)
+    grads, clip_value = flat.rebuild(flat.values), lasting(clip_value, "clip_value")
+    pairs = []
     if not is_container(clip_value):
-        _check(None, clip_value)
+        _check(_Pair(None, clip_value))
     if _is_pair(clip_value):
         if not any(is_container(side) for side in clip_value):
-            _check(*clip_value)
-        low, high = (
+            _check_kind("clip_value", *clip_value)
+            _check(_Pair(*clip_value))
+        sides = (
             spread(side, grads, name, lambda x: False, is_nothing)
             for side, name in zip(clip_value, ("lo", "hi"), strict=True)
         )
-        pairs = list(zip(low, high, strict=True))
-        for lo, hi in pairs:
-            _check_kind(lo, hi)
+        for lo, hi in zip(*sides, strict=True):
+            _check_kind(lo.path, lo.value)
+            _check_kind(hi.path, hi.value)
+            pairs.append(_Pair(_float(lo.value), _float(hi.value), f"{lo.path} and {hi.path}"))
     else:
-        pairs = [b if _is_pair(b) else (None, b) for b in spread(clip_value, grads, "clip_value", _is_pair, is_nothing)]
-    pairs = [(_float(lo), _float(hi)) for lo, hi in pairs]
-    for i, (leaf, (lo, hi)) in enumerate(zip(flat.values, pairs, strict=True)):
-        _check(lo, hi)
-        for bound in (lo, hi):
+        for path, bound in spread(clip_value, grads, "clip_value", _is_pair, is_nothing):
+            if _is_pair(bound):
+                _check_kind(path, *bound)
+                pairs.append(_Pair(_float(bound[0]), _float(bound[1]), path))
+            else:
+                pairs.append(_Pair(None, _float(bound), path))
+    for i, (leaf, pair) in enumerate(zip(flat.values, pairs, strict=True)):
+        _check(pair)
+        for bound in pair[:2]:
             shape = tuple(getattr(bound, "shape", ()))
             if not _broadcasts(shape, tuple(leaf.shape)):
                 where = "clip_value" + flat.paths()[i].removeprefix("grads")
                 raise ValueError(
                     f"{where} has shape {shape}, which does not broadcast to the gradient's shape {tuple(leaf.shape)}"
                 )
-    return pairs
+    return [pair[:2] for pair in pairs]
 
 
 def _is_pair(x: Any) -> bool:
@@ -117,29 +134,30 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
-def _check_kind(*bounds: Any) -> None:
+def _check_kind(where: str, *bounds: Any) -> None:
     for bound in bounds:
         is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
         if not is_number and (library(bound) is None or not is_real(bound)):
             raise TypeError(
-                "clip_value must be a real number or array, a pair (lo, hi), or a tree of these, "
+                f"{where} must be a real number or array, a pair (lo, hi), or a tree of these, "
                 f"got {bound!r} of type {type(bound).__name__}"
             )
 
 
-def _check(low: Any, high: Any) -> None:
+def _check(pair: _Pair) -> None:
     """Raise unless the bounds make sense, where the host can see them."""
+    low, high, where = pair
     if low is None:
-        _check_kind(high)
+        _check_kind(where, high)
         if on_host(high) and not _all(high >= 0):
-            raise ValueError(f"clip_value must be >= 0 and not nan, got {high!r}; a pair (lo, hi) may be negative")
+            raise ValueError(f"{where} must be >= 0 and not nan, got {high!r}; a pair (lo, hi) may be negative")
         return
-    _check_kind(low, high)
+    _check_kind(where, low, high)
     if on_host(low) and on_host(high) and not _all(low <= high):
-        raise ValueError(f"clip_value must be a pair with lo <= hi and no nan, got lo={low!r}, hi={high!r}")
+        raise ValueError(f"{where} must be a pair with lo <= hi and no nan, got lo={low!r}, hi={high!r}")
     for bound in (low, high):
         if on_host(bound) and not _all(bound == bound):
-            raise ValueError(f"clip_value must not be nan, got {bound!r}")
+            raise ValueError(f"{where} must not be nan, got {bound!r}")
 
 
 def _all(truth: Any) -> bool:

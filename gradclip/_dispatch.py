@@ -47,7 +47,7 @@ def library(x: Any) -> str | None:
     for known in LIBRARIES:
         if known.owns(x):
             return known.name
-    if array_api_compat.is_array_api_obj(x):
+    if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
         return str(array_api_compat.array_namespace(x).__name__).removeprefix("array_api_compat.").split(".")[0]
     return None
 
@@ -168,6 +168,8 @@ def _objection(x: Any, name: str | None) -> tuple[str, str]:
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     if isinstance(x, bool | int | float | complex) and name is None:
         return f"the Python number {x!r}", "make it an array, for example numpy.asarray(x, dtype='float32')"
+    if isinstance(x, type):
+        return f"the class {x.__module__}.{x.__qualname__}", "pass an array, not its class"
     if isinstance(x, str | bytes):
         return (
             f"the {type(x).__name__} {x[:40]!r}",
@@ -179,6 +181,8 @@ def _objection(x: Any, name: str | None) -> tuple[str, str]:
         return f"a sparse array ({kind})", "make it dense first; its stored duplicates would spoil the norm"
     if _is(x, "numpy.ma", "MaskedArray"):
         return "a masked array", "fill it first (x.filled(0)), so that masked elements have a value"
+    if _is(x, "numpy", "matrix"):
+        return "a numpy.matrix", "make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
     if name is None:
         return (
             f"a {kind}, which is no array of the Python array API and no container that gradclip knows",

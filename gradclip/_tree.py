@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, KeysView, Sized, ValuesView
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from gradclip._types import Tree
+from gradclip._types import Leaf, Tree
 
 
 class Node(NamedTuple):
@@ -237,20 +237,26 @@ def _key_of(child: Any, node: Node) -> str:
     return next(key for key, other in zip(node.keys(), node.children, strict=True) if other is child)
 
 
+def lasting(tree: Tree, root: str) -> Tree:
+    """The same tree, with its one-shot iterators read: they come as lists, which can be read again."""
+    flat = flatten(tree, root)
+    return flat.rebuild(flat.values)
+
+
 def is_container(x: Any) -> bool:
-    """Whether `x` has places for leaves."""
-    return _open(x) is not None
+    """Whether `x` has places for leaves. A one-shot iterator is used up by the answer: see `lasting`."""
+    return x is not None and _open(x) is not None
 
 
 def spread(
     bounds: Any, tree: Tree, name: str, is_bound: Callable[[Any], bool], is_nothing: Callable[[Any], bool]
-) -> list[Any]:
+) -> list[Leaf]:
     """One bound for every leaf of `tree`: `bounds` is a bound, or a tree whose bounds stand for what is below.
 
-    `is_bound` tells a bound that looks like a container, `is_nothing` a leaf that needs none. Raises ValueError
-    where the two trees part, with the path.
+    Each comes with the path to the place where it stands in `bounds`. `is_bound` tells a bound that looks like a
+    container, `is_nothing` a leaf that needs none. Raises ValueError where the two trees part, with the path.
     """
-    out: list[Any] = []
+    out: list[Leaf] = []
 
     def visit(bound: Any, node: Any, path: str) -> None:
         if node is None or is_nothing(node):
@@ -260,7 +266,7 @@ def spread(
         if opened is None:
             if inner is not None:
                 raise ValueError(f"{path} is a container ({type(bound).__name__}), but its gradient is a single array")
-            out.append(bound)
+            out.append(Leaf(path, bound))
         elif inner is None:
             for child in opened.children:
                 visit(bound, child, path)

@@ -93,7 +93,10 @@ class Call:
     def __call__(self, partial: Array, op: ReduceOp) -> Array:
         if isinstance(self.all_reduce, Engine):
             return self.all_reduce.join(partial, op, self)
-        return self.all_reduce(partial, op)
+        joined = self.all_reduce(partial, op)
+        if getattr(joined, "shape", None) != partial.shape:
+            raise _not_joined(joined, tuple(partial.shape))
+        return joined
 
     def groups(self, leaves: Sequence[Array]) -> dict[Hashable, list[Array]]:
         """The leaves by kind."""
@@ -107,3 +110,13 @@ class Call:
 
     def gather(self, text: str) -> list[str]:
         return self.all_reduce.gather(text) if isinstance(self.all_reduce, Engine) else []
+
+
+def _not_joined(joined: Any, wanted: tuple[int, ...]) -> Exception:
+    """What to raise for something that is no joined partial. It may be traced: only type and shape are looked at."""
+    repair = "return the joined array, of the partial's shape"
+    shape = getattr(joined, "shape", None)
+    if isinstance(shape, tuple):
+        return ValueError(f"all_reduce gave an array of shape {tuple(shape)} for a partial of shape {wanted}: {repair}")
+    got = "None" if joined is None else f"an object of type {type(joined).__name__}"
+    return TypeError(f"all_reduce gave {got} for a partial of shape {wanted}: {repair}")

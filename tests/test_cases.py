@@ -1,4 +1,4 @@
-"""DESIGN section 2 as a table: one row, one test, on every backend where the row makes sense."""
+"""README's table "What happens in every case": one row, one test, on every backend where the row makes sense."""
 
 from __future__ import annotations
 
@@ -358,6 +358,14 @@ def test_negative_p_is_as_in_numpy(xp, p):
     want = np.linalg.norm(values.astype(np.float64), p)
     got = float(xp.numpy(xp.global_norm([xp.array(values)], p)))
     assert abs(got - want) <= 8 * float(exact.ulp(want, "float32"))
+
+
+@pytest.mark.parametrize("p", [-0.1, -0.12])
+def test_a_norm_below_its_dtype_clips_nothing(xp, p):
+    """For p < 0 only: 100 elements of 1e-30 have a norm of 1e-50 (p = -0.1), which float32 cannot tell from 0."""
+    grads, out, norm = clip(xp, [np.full(100, 1e-30, np.float32)], 0.0, p)
+    assert float(xp.numpy(norm)) == 0.0
+    check_same(xp, out, grads, bits=True)
 
 
 def test_divide_by_is_folded_in(xp):

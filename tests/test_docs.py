@@ -1,4 +1,4 @@
-"""What the documentation shows is run: docstrings, and the code blocks of README.md."""
+"""What the documentation shows is run: docstrings, and the code of README.md, docs/sharding.md, docs/cost-model.md."""
 
 from __future__ import annotations
 

@@ -140,6 +140,43 @@ def test_bad_bounds_of_one_shard_wait_for_no_one() -> None:
     assert float(gradclip.global_norm([array], all_reduce=engine)) == 3.0
 
 
+NOT_JOINED = {
+    "none": (lambda x: None, TypeError, "None"),
+    "float": (lambda x: 5.0, TypeError, "an object of type float"),
+    "list": (lambda x: [1.0, 2.0, 3.0], TypeError, "an object of type list"),
+    "pair": (lambda x: (x, None), TypeError, "an object of type tuple"),
+    "scalar": (lambda x: x[0], ValueError, r"an array of shape \(\)"),
+    "shorter": (lambda x: x[:1], ValueError, r"an array of shape \(1,\)"),
+    "deeper": (lambda x: x[None, :], ValueError, r"an array of shape \(1, 3\)"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "error", "got"), NOT_JOINED.values(), ids=NOT_JOINED.keys())
+def test_what_comes_back_must_be_the_joined_partial(xp: Any, spoil: Any, error: Any, got: str) -> None:
+    """Also where it is traced. A collective that works in place and returns None is the usual slip."""
+
+    def all_reduce(partial: Any, op: Any) -> Any:
+        assert partial.shape == (3,)
+        return spoil(partial)
+
+    x = xp.array([3.0, 4.0], "float32")
+    match = (
+        rf"^all_reduce gave {got} for a partial of shape \(3,\): return the joined array, of the partial's shape(\n|$)"
+    )
+    with pytest.raises(error, match=match):
+        xp.clip_grad_norm([x], 1.0, all_reduce=all_reduce)
+    with pytest.raises(error, match=match):
+        xp.global_norm([x], all_reduce=all_reduce)
+    assert xp.numpy(x).tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0, INF])
+def test_the_partial_itself_will_do(xp: Any, p: float) -> None:
+    """A shard that is alone."""
+    out = xp.clip_grad_norm([xp.array([3.0, 4.0], "float32")], 1.0, p, all_reduce=lambda partial, op: partial)
+    exact.check_norm(xp.numpy(out.norm), exact.norm([np.float32([3, 4])], p), "float32", 8)
+
+
 @pytest.mark.library("numpy")
 def test_what_is_told_must_fit_the_gradients() -> None:
     engine = Engineered(Threads(None), 0, {"v": True})

@@ -1,4 +1,4 @@
-"""DESIGN section 3: named hard inputs, structured worst cases, and sizes up to 1e8, against exact arithmetic."""
+"""README's "What is promised about exactness": hard inputs, worst cases, and sizes up to 1e8, by exact arithmetic."""
 
 from __future__ import annotations
 

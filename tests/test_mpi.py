@@ -21,6 +21,7 @@ CASES = (
     "policies",
     "disagreement",
     "communicators",
+    "one_shot",
     "drift",
     "two_communicators",
     "expert_groups",

@@ -102,6 +102,18 @@ def test_one_call_joins_the_ranks(p: float, rank: int) -> None:
     assert set(comm.streams) == {stream.ptr}, "the current stream, as everything else"
 
 
+def test_an_iterator_of_flags_is_read_once() -> None:
+    """When the engine is made, so that it can be used again."""
+    comm = Communicator(1, [OTHER, np.float32([12])], 2.0)
+    grads = [cupy.asarray(MINE), cupy.asarray(np.float32([12]))]
+    engine = gradclip.distributed.nccl(comm, (flag for flag in [False, True]))
+    for _ in range(2):
+        comm.calls.clear()
+        comm.passes.clear()
+        norm = gradclip.global_norm(grads, all_reduce=engine)
+        exact.check_norm(float(norm), exact.norm([MINE, OTHER, np.float32([12])]), "float32")
+
+
 def test_a_rank_without_leaves_joins_in() -> None:
     """Its norm is float32, as an empty tree's is: NCCL's ranks do not tell each other dtypes."""
     comm = Communicator(0, [OTHER], 2.0)

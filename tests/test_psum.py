@@ -334,6 +334,19 @@ def test_one_collective_whatever_the_number_of_leaves(mesh: Any, p: float, vma: 
     assert collectives(clip, many) == few
 
 
+@pytest.mark.parametrize("one_shot", [iter, lambda names: (name for name in names)], ids=["iterator", "generator"])
+def test_what_varies_is_read_once(one_shot: Any) -> None:
+    """When the engine is made, so that it can be used again."""
+    engine = psum("batch", varying=one_shot(["batch", P()]))
+    grads = [jnp.float32([[3.0], [4.0]]), jnp.float32([12.0])]
+    norm = jax.vmap(
+        lambda row, copy: gradclip.global_norm([row, copy], all_reduce=engine), axis_name="batch", in_axes=(0, None)
+    )
+    for _ in range(2):
+        assert norm(*grads).tolist() == [13.0, 13.0]
+    assert psum(iter(["a", "b"]), varying={"w": iter(["a"])}).told == {"w": ["a"]}
+
+
 # -- 100 steps ---------------------------------------------------------------------------------------------------------
 
 

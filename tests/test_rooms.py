@@ -1,4 +1,4 @@
-"""The rooms of the design: who may import whom, who may name a library, and what `import gradclip` costs."""
+"""The rooms of README's table "How the code is laid out": who may import whom, and what `import gradclip` costs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ ONLY = {
     },
     "gradclip._arguments": {*GROUND, "gradclip._tree", "gradclip._dispatch"},
     **dict.fromkeys(ENGINES, GROUND),
-    "gradclip.distributed": {*GROUND, *ENGINES},
+    "gradclip.distributed": {*GROUND, "gradclip._tree", *ENGINES},
 }
 
 LIBRARIES = {
@@ -217,8 +217,8 @@ def docstrings(tree: ast.AST) -> set[int]:
     return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
 
 
-def test_every_file_is_a_room_that_the_design_knows():
-    assert set(TREES) <= set(ROW_OF), "a new room needs a row here, and in the design"
+def test_every_file_is_a_room_that_is_known():
+    assert set(TREES) <= set(ROW_OF), "a new room needs a row here, and in README's table"
     needed = set(ROW_OF) - {"gradclip._arguments"}
     assert needed <= set(TREES)
     assert not re.search(r"utils|misc|helpers|base", " ".join(TREES))
@@ -233,6 +233,32 @@ def test_imports_go_down_only(room):
     if room in ONLY:
         assert ours <= ONLY[room]
     assert "?" not in imports(room), "an import that this test cannot read"
+
+
+def readme_rows() -> list[set[str]]:
+    """The rooms that each row of README's table names: `_kernels/{numpy,jax}.py`, `cuda*.py`, a folder for its own."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = []
+    for cell in re.findall(r"^\| (`.*?) \|", text.split("## How the code is laid out")[1], re.M):
+        patterns = []
+        for name in re.findall(r"`(.+?)`", cell):
+            start, choices, end = re.fullmatch(r"([^{]*)(?:\{(.*)\})?([^}]*)", name).groups()
+            patterns += [f"{start}{choice}{end}" for choice in (choices or "").split(",")]
+        found = [sorted(ROOT.glob(f"{p}__init__.py" if p.endswith("/") else p)) for p in patterns]
+        assert all(found), f"{cell}: a name without a file"
+        rows.append({room_of(path) for paths in found for path in paths})
+    return rows
+
+
+def test_readme_names_every_room_once_and_imports_go_down_its_table():
+    rows = readme_rows()
+    assert len(rows) == 10
+    above = {"gradclip", "gradclip.__main__", "gradclip._kernels"}  # the last is a docstring and nothing else
+    assert sorted(room for row in rows for room in row) == sorted(set(TREES) - above)
+    row_of = {room: i for i, row in enumerate(rows) for room in row}
+    for room, row in row_of.items():
+        for name in imports(room):
+            assert not name.startswith("gradclip") or name in above or row_of[name] >= row, f"{room} imports {name}"
 
 
 def test_the_reader_of_imports_sees_them_all():

@@ -664,6 +664,11 @@ BAD_LEAVES = {
     "str": (lambda: "w", "the str 'w'", "None"),
     "bytes": (lambda: b"w", "the bytes b'w'", "None"),
     "object": (object, r"a builtins\.object", "register"),
+    "class": (lambda: int, r"the class builtins\.int", "not its class"),
+    "numpy-class": (lambda: np.float64, r"the class numpy\.float64", "not its class"),
+    "array-class": (lambda: np.ndarray, r"the class numpy\.ndarray", "not its class"),
+    "torch-class": (lambda: torch_leaf(lambda t: t.nn.Parameter), r"the class torch\..*Parameter", "not its class"),
+    "jax-class": (lambda: jax_leaf(lambda j: j.numpy.float32), r"the class jax\..*float32", "not its class"),
     "set": (lambda: {1.0}, r"a builtins\.set", "lists"),
     "range": (lambda: range(3), r"a builtins\.range", "lists"),
     "function": (lambda: len, "a builtins.*function", "lists"),
@@ -680,6 +685,7 @@ BAD_LEAVES = {
     "empty-int-array": (lambda: np.zeros(0, int), "an array of dtype int64", "cast"),
     "masked": (lambda: np.ma.array([1.0, 2.0], mask=[0, 1]), "a masked array", "filled"),
     "masked-constant": (lambda: np.ma.masked, "a masked array", "filled"),
+    "matrix": (lambda: np.ones((2, 2)).view(np.matrix), r"a numpy\.matrix", r"numpy\.asarray\(x\)"),
     "csr_array": (lambda: scipy_sparse("csr_array"), "a sparse array", "dense"),
     "csr_matrix": (lambda: scipy_sparse("csr_matrix"), "a sparse array", "dense"),
     "coo_array": (lambda: scipy_sparse("coo_array"), "a sparse array", "dense"),
@@ -707,6 +713,27 @@ def test_a_leaf_that_is_no_gradient(verb, make, what, repair):
     with pytest.raises(gradclip.LeafError, match=rf"^grads\['encoder'\]\[3\]\.weight is {what}.*: .*{repair}"):
         verb({"encoder": [x, None, x, Layer(weight=bad, bias=x)]})
     assert x.tolist() == [3.0, 4.0]
+
+
+@each_verb
+def test_a_matrix_is_refused_beside_arrays_of_its_dtype(verb):
+    """Kinds of leaves that are good are remembered: a matrix is not, whatever was seen before it."""
+    x = np.full((2, 2), 0.125)
+    for _ in range(2):
+        verb([x, x.copy()])
+        with pytest.raises(gradclip.LeafError, match=r"^grads\[1\] is a numpy\.matrix: .*numpy\.asarray"):
+            verb([x, x.view(np.matrix)])
+        with pytest.raises(gradclip.LeafError, match=r"^grads\[0\] is a numpy\.matrix: .*numpy\.asarray"):
+            verb([x.view(np.matrix)])
+    assert x.tolist() == [[0.125] * 2] * 2
+
+
+def test_a_class_is_no_bound():
+    for wrong in (np.float64, float, np.ndarray):
+        with pytest.raises(TypeError, match=r"^max_norm must be a number >= 0 or a 0-d real array, got <class '"):
+            gradclip.clip_grad_norm([np.ones(2)], wrong)
+        with pytest.raises(TypeError, match=r"^clip_value must be a real number or array, .*, got <class '"):
+            gradclip.clip_grad_value([np.ones(2)], wrong)
 
 
 def test_the_parameters_of_a_torch_module_are_refused():
@@ -757,6 +784,23 @@ def test_numpy_beside_jax_is_jax():
         assert [x.tolist() for x in limited] == [[3.0, 3.5]] * 2
         with pytest.raises(gradclip.LeafError, match=r"JAX.*clip_grad_norm\b"):
             gradclip.clip_grad_norm_(tree, 1.0)
+
+
+@pytest.mark.library("jax")
+@pytest.mark.parametrize("x64", [False, True])
+def test_numpy_float64_beside_jax_is_what_jax_makes_of_it(x64):
+    jax = pytest.importorskip("jax")
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", x64)
+    try:
+        tree = [np.array([3.0, 4.0]), jax.numpy.float32([0.0])]
+        for bound in (1.0, 10.0):
+            got, norm = gradclip.clip_grad_norm(tree, bound)
+            assert [x.dtype for x in got] == [np.float64 if x64 else np.float32, np.float32]
+            assert got[0].dtype == jax.numpy.asarray(tree[0]).dtype == norm.dtype
+            np.testing.assert_allclose(got[0], [0.6, 0.8] if bound == 1.0 else [3.0, 4.0], rtol=1e-6)
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def test_a_memory_mapped_leaf_comes_back_itself(tmp_path):

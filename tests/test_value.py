@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from typing import Any, NamedTuple
@@ -326,6 +327,31 @@ def test_bounds_in_a_tree_of_the_librarys_own_scalars(xp):
     check(xp, got["b"][0], np.float32([-2, 2]), tree["b"][0])
 
 
+ONE_SHOT = {
+    "generator": (lambda: (v for v in [1.0, 2.0]), [(-1, 1), (-2, 2)]),
+    "of-pairs": (lambda: iter([(-1.0, 2.0), 3.0]), [(-1, 2), (-3, 3)]),
+    "values-of-a-dict": (lambda: {"one": 1.0, "two": 2.0}.values(), [(-1, 1), (-2, 2)]),
+    "in-a-pair": (lambda: (iter([-1.0, -2.0]), iter([3.0, 4.0])), [(-1, 3), (-2, 4)]),
+    "low-of-a-pair": (lambda: (iter([-1.0, -2.0]), 3.0), [(-1, 3), (-2, 3)]),
+    "high-of-a-pair": (lambda: (-1.0, iter([3.0, 4.0])), [(-1, 3), (-1, 4)]),
+}
+
+
+@pytest.mark.parametrize(("make", "want"), ONE_SHOT.values(), ids=ONE_SHOT.keys())
+def test_one_shot_bounds_are_read_once(xp, make, want):
+    tree = [xp.array([-5.0, 5.0], "float32"), xp.array([-5.0, 5.0], "float32")]
+    for got, x, pair in zip(xp.clip_grad_value(tree, make()), tree, want, strict=True):
+        check(xp, got, np.float32(pair), x)
+    within = {"a": tree, "b": tree[0]}
+    got = xp.clip_grad_value(within, {"a": iter([1.0, 2.0]), "b": 3.0})
+    for leaf, high in zip((*got["a"], got["b"]), (1, 2, 3), strict=True):
+        check(xp, leaf, np.float32([-high, high]), tree[0])
+    if xp.in_place:
+        assert gradclip.clip_grad_value_(tree, make()) is None
+        for x, pair in zip(tree, want, strict=True):
+            check(xp, x, np.float32(pair), x)
+
+
 MISMATCHES = {
     "list-for-array": ([1.0, 2.0], {"w": 0}, r"^clip_value\b.*"),
     "missing-key": ({"w": 1.0}, {"w": 0, "b": 0}, r"^clip_value .*\['w'\].*\['b'\]"),
@@ -341,6 +367,7 @@ MISMATCHES = {
     "low-of-a-pair": (({"w": -1.0}, 1.0), {"b": 0}, r"^(clip_value\[0\]|lo) "),
     "high-of-a-pair": ((-1.0, {"m": [1.0]}), {"m": [0, 0]}, r"^(clip_value\[1\]|hi)\['m'\] "),
     "triple": ((1.0, 2.0, 3.0), [0, 0], r"^clip_value "),
+    "short-iterator": (iter([1.0]), [0, 0], r"^clip_value .*it has \[0\], they have \[0\], \[1\]$"),
     "triple-for-array": ((1.0, 2.0, 3.0), 0, r"^clip_value is a container \(tuple\)"),
 }
 
@@ -360,7 +387,7 @@ def test_trees_that_do_not_match(bounds, places, match):
     tree = fill(places)
     for verb in (gradclip.clip_grad_value, gradclip.clip_grad_value_):
         with pytest.raises(ValueError, match=match):
-            verb(tree, bounds)
+            verb(tree, copy.copy(bounds))  # an iterator's copy stands where the iterator stands
     assert all(x.tolist() == [-5.0, 5.0] for x in made)
 
 
@@ -417,6 +444,41 @@ def test_a_bad_bound(verb, bound, error):
         verb(tree, bound)
     assert not isinstance(caught.value, gradclip.LeafError)
     assert [x.tolist() for x in tree] == [[-5.0, 5.0]] * 2
+
+
+KIND = "must be a real number or array, a pair (lo, hi), or a tree of these, got "
+SIGN = "must be >= 0 and not nan, got "
+ORDER = "must be a pair with lo <= hi and no nan, got "
+
+PLACES = {
+    "str": ({"a": 1.0, "b": "x"}, f"clip_value['b'] {KIND}'x' of type str"),
+    "none": ({"a": 1.0, "b": None}, f"clip_value['b'] {KIND}None of type NoneType"),
+    "negative": ({"a": 1.0, "b": -1.0}, f"clip_value['b'] {SIGN}-1.0; a pair (lo, hi) may be negative"),
+    "nan": ({"a": 1.0, "b": math.nan}, f"clip_value['b'] {SIGN}nan; a pair (lo, hi) may be negative"),
+    "pair-swapped": ({"a": 1.0, "b": (2.0, 1.0)}, f"clip_value['b'] {ORDER}lo=2.0, hi=1.0"),
+    "pair-nan": ({"a": 1.0, "b": (math.nan, 1)}, f"clip_value['b'] {ORDER}lo=nan, hi=1.0"),
+    "pair-none-low": ({"a": 1.0, "b": (None, 1.0)}, f"clip_value['b'] {KIND}None of type NoneType"),
+    "deep": ({"a": [1.0, "x"], "b": 1.0}, f"clip_value['a'][1] {KIND}'x' of type str"),
+    "prefix": ({"a": -1.0, "b": 1.0}, f"clip_value['a'] {SIGN}-1.0; a pair (lo, hi) may be negative"),
+    "low-side": (({"a": -1.0, "b": "x"}, 1.0), f"lo['b'] {KIND}'x' of type str"),
+    "high-side": ((-1.0, {"a": [1.0, None], "b": 1.0}), f"hi['a'][1] {KIND}None of type NoneType"),
+    "sides-crossing": (({"a": -1.0, "b": 2.0}, 1.0), f"lo['b'] and hi {ORDER}lo=2.0, hi=1.0"),
+    "plain-str": ("x", f"clip_value {KIND}'x' of type str"),
+    "plain-negative": (-1.0, f"clip_value {SIGN}-1.0; a pair (lo, hi) may be negative"),
+    "plain-nan": (math.nan, f"clip_value {SIGN}nan; a pair (lo, hi) may be negative"),
+    "plain-pair": ((2.0, 1.0), f"clip_value {ORDER}lo=2.0, hi=1.0"),
+    "plain-pair-none-low": ((None, 1.0), f"clip_value {KIND}None of type NoneType"),
+    "plain-pair-str": ((-1.0, "x"), f"clip_value {KIND}'x' of type str"),
+}
+
+
+@pytest.mark.parametrize("verb", [gradclip.clip_grad_value, gradclip.clip_grad_value_])
+@pytest.mark.parametrize(("bound", "said"), PLACES.values(), ids=PLACES.keys())
+def test_a_bad_bound_is_named_by_its_place(verb, bound, said):
+    x = np.float32([-5.0, 5.0])
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(said)}$"):
+        verb({"a": [x, x], "b": x}, bound)
+    assert x.tolist() == [-5.0, 5.0]
 
 
 @pytest.mark.parametrize("bound", [-1.0, (1.0, -1.0), math.nan, "x", True], ids=repr)

@@ -35,8 +35,9 @@ def set_num_threads(limit: int | None) -> None:
 
     Notes
     -----
-    The result does not depend on the number of threads, not in one bit. Trees of less than about 4 MB are
-    clipped by the caller alone. JAX, CuPy and torch have thread pools of their own.
+    The result does not depend on the number of threads, not in one bit. The caller works alone on trees of less than
+    2**20 elements, on trees with float16 leaves, and on norms with bfloat16 leaves or p other than 2.
+    JAX, CuPy and torch have thread pools of their own.
 
     Examples
     --------

@@ -1,6 +1,6 @@
 """One norm across devices, processes and machines: makers of `all_reduce`, and how to write one.
 
-A partial is a small 1-d array, at most 16 numbers whatever the number of leaves, and partials join by "sum", "max"
+A partial is a small 1-d array, at most 3 numbers whatever the number of leaves, and partials join by "sum", "max"
 or "min". So one collective gives every shard the norm of the whole (two for p outside 0, 1, 2, inf, -inf), and with
 that norm the same factor. `psum` joins over JAX's named axes, `mpi` over MPI ranks, `nccl` over GPUs.
 
@@ -30,7 +30,7 @@ shards, the same on every shard bit for bit. Here with threads as shards:
 A plain callable counts every leaf on every shard that holds it, and under ``nonfinite="error"`` each shard names its
 own leaves only. An engine that knows copies, or can gather texts, derives from `Engine`:
 
-- ``told``: a tree prefix from the caller, one entry for each leaf;
+- ``told``: a tree prefix from the caller, one entry for each leaf; every call reads it, so no one-shot iterator;
 - ``kind(leaf, entry)``: a hashable for each leaf, before any work; leaves of one kind count alike;
 - ``counts(kind, like)``: whether this shard counts its leaves of that kind: a bool, or a 0-d array beside `like`;
 - ``join(partial, op, call)``: the collective. `call` says what all shards must agree on (`norm_type`, `nonfinite`);
@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gradclip._tree import lasting
 from gradclip._types import Engine, Tree
 
 __all__ = ["Engine", "mpi", "nccl", "psum"]
@@ -93,7 +94,7 @@ def psum(axis_name: str | Sequence[str], varying: Tree = None) -> Engine:
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     if not axes or not all(isinstance(axis, str) for axis in axes) or len(set(axes)) < len(axes):
         raise ValueError(f"psum takes an axis name or several different ones, got {axis_name!r}")
-    return Psum(axes, varying)
+    return Psum(axes, lasting(varying, "varying"))
 
 
 def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engine:
@@ -137,7 +138,7 @@ def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engin
     """
     from gradclip.distributed._mpi import Mpi
 
-    return Mpi(comm, replicated, gpu_aware)
+    return Mpi(comm, lasting(replicated, "replicated"), gpu_aware)
 
 
 def nccl(comm: Any, replicated: Tree = None) -> Engine:
@@ -162,9 +163,10 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
 
     Notes
     -----
-    One `allReduce` of at most 3 float64 numbers on the current stream; the host does not wait. Two for p outside
-    0, 1, 2, inf, -inf. The ranks must agree on all arguments and on whether there are 64-bit leaves: NCCL would not
-    tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one `allGather` in that case only.
+    One `allReduce` of at most 3 float64 numbers on the current stream; two for p outside 0, 1, 2, inf, -inf. The host
+    does not wait, except on a rank without leaves. The ranks must agree on all arguments and on whether there are
+    64-bit leaves: NCCL would not tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one
+    `allGather` in that case only; each rank's text is cut at 4,096 bytes.
 
     Examples
     --------
@@ -173,4 +175,4 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
     """
     from gradclip.distributed._nccl import Nccl
 
-    return Nccl(comm, replicated)
+    return Nccl(comm, lasting(replicated, "replicated"))

@@ -201,6 +201,15 @@ def communicators() -> None:
     assert "replicated does not match the gradients there" in text, text
 
 
+def one_shot() -> None:
+    """An iterator of flags is read when the engine is made: every use knows them."""
+    mine, copy = [np.array([3.0 * (rank + 1)])], [np.array([4.0])]
+    engine = mpi(world, replicated=(flag for flag in [False, True]))
+    whole = [np.array([3.0 * (r + 1)]) for r in range(size)] + copy
+    for _ in range(2):
+        exact.check_norm(gradclip.global_norm([mine, copy], all_reduce=engine), exact.norm(whole), "float64")
+
+
 def drift() -> None:
     """100 steps of clipped descent on copies and parts: the copies stay equal, bit for bit."""
     rng = np.random.default_rng(rank)
