@@ -17,7 +17,8 @@ from gradclip._dispatch import active, kernels_for, refuse_unwritable
 from gradclip._errors import Culprit, NonFiniteError, described
 from gradclip._kernels.dtypes import dtype_name
 from gradclip._kernels.generic import Kernels
-from gradclip._norms import Law, law
+from gradclip._law import Law
+from gradclip._norms import law
 from gradclip._numbers import Measured, to_float32
 from gradclip._tree import Flat
 from gradclip._types import AllReduce, Array, Call, Clipped, Nonfinite, Scalar, Tree

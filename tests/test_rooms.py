@@ -26,6 +26,7 @@ ROWS = (
     {"gradclip._types", "gradclip._errors"},
     {"gradclip._tree"},
     {"gradclip._numbers"},
+    {"gradclip._law"},
     {"gradclip._norms"},
     {"gradclip._kernels"},  # a docstring and nothing else
     {"gradclip._kernels.dtypes"},
@@ -47,7 +48,7 @@ ROWS = (
 ROW_OF = {room: i for i, row in enumerate(ROWS) for room in row}
 GROUND = {"gradclip._types", "gradclip._errors"}
 
-MATHEMATICS = {"gradclip._numbers", "gradclip._norms"}
+MATHEMATICS = {"gradclip._numbers", "gradclip._law", "gradclip._norms"}
 
 KERNELS_FOR_ALL = {"gradclip._kernels.dtypes", "gradclip._kernels.generic"}
 
@@ -55,7 +56,8 @@ KERNELS_FOR_ALL = {"gradclip._kernels.dtypes", "gradclip._kernels.generic"}
 ONLY = {
     "gradclip._tree": GROUND,
     "gradclip._numbers": {"gradclip._types"},
-    "gradclip._norms": {"gradclip._types", "gradclip._numbers"},
+    "gradclip._law": {"gradclip._types", "gradclip._numbers"},
+    "gradclip._norms": {"gradclip._types", "gradclip._numbers", "gradclip._law"},
     "gradclip._kernels.dtypes": {"gradclip._types"},
     "gradclip._kernels.generic": {"gradclip._types", *MATHEMATICS, "gradclip._kernels.dtypes"},
     "gradclip._kernels.blocks": {"gradclip._types", "gradclip._kernels.dtypes"},

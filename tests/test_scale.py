@@ -15,7 +15,8 @@ import pytest
 
 import exact
 import gradclip
-from gradclip._norms import Law, law
+from gradclip._law import Law
+from gradclip._norms import law
 
 SHARDS, ELEMENTS = 65_536, 10**12
 INF = math.inf

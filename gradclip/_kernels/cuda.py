@@ -29,7 +29,7 @@ from gradclip._kernels.cuda_text import (
 )
 from gradclip._kernels.expressions import Partial, Printed, Reduced, Symbols
 from gradclip._kernels.generic import Kernels
-from gradclip._norms import Law
+from gradclip._law import Law
 from gradclip._numbers import Measured
 from gradclip._types import Call, Nonfinite
 

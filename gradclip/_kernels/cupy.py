@@ -22,7 +22,7 @@ from gradclip._kernels import cuda, cuda_table
 from gradclip._kernels.cuda_text import ALIGNMENT, THREADS
 from gradclip._kernels.cupy_compiler import NotCompiled, compiled
 from gradclip._kernels.generic import Kernels
-from gradclip._norms import Law
+from gradclip._law import Law
 from gradclip._numbers import Measured
 from gradclip._types import Array, Call, Nonfinite
 

@@ -16,7 +16,7 @@ from typing import Any
 import array_api_compat
 
 from gradclip._kernels.dtypes import COMPONENT_BITS, dtype_name, dtype_names
-from gradclip._norms import Law, identity, join
+from gradclip._law import Law, identity, join
 from gradclip._numbers import RANGES, Measured, Parts, host_split, moderate, quotient
 from gradclip._types import Array, Call, Namespace, ReduceOp
 

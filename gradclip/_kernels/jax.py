@@ -16,7 +16,8 @@ from gradclip._kernels.dtypes import dtype_name
 from gradclip._kernels.generic import Kernels
 from gradclip._kernels.jax_leaves import SHORT, replicate, strung
 from gradclip._kernels.jax_sums import PLAIN_IS_EXACT, compensated, in_float64, total_on_cpu
-from gradclip._norms import Law, SumNorm, Total, TwoNorm, join
+from gradclip._law import Law, Total, join
+from gradclip._norms import SumNorm, TwoNorm
 from gradclip._numbers import Measured, range_of
 from gradclip._types import Array, Call
 

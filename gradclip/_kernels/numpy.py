@@ -21,7 +21,8 @@ from gradclip._kernels.blocks import CHUNK, blocks, multiplied, pairs, squares
 from gradclip._kernels.dtypes import COMPONENT_BITS, dtype_name, dtype_names
 from gradclip._kernels.generic import Kernels
 from gradclip._kernels.threads import each, num_threads
-from gradclip._norms import Law, TwoNorm, join
+from gradclip._law import Law, join
+from gradclip._norms import TwoNorm
 from gradclip._numbers import Measured
 from gradclip._types import Array, Call
 
