@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import threading
@@ -543,6 +544,148 @@ def test_a_graph(kept: str, p: float) -> None:
                 check_right(got.get(stream=stream), x, 0.5 * factor / want)
         assert all((x.get(stream=stream) == 7.0).all() for x in others)
     stream.synchronize()
+
+
+LAYOUTS: dict[str, Any] = {
+    "large": lambda x: [x],
+    "small": lambda x: [x[:7], x[7:400], x[400:404]],
+    "strided": lambda x: [x[:4000].reshape(50, 80)[:, :40], x[4000::2], x[::-1]],
+    "overlapping": lambda x: [x[:600], x[400:]],
+}
+
+#: What comes back: the gradients, and the norm.
+VERBS: dict[str, Any] = {
+    "norm": lambda leaves, c, d, p: ([], gradclip.global_norm(leaves, p)),
+    "functional": lambda leaves, c, d, p: gradclip.clip_grad_norm(leaves, c, p, divide_by=d),
+    "in place": lambda leaves, c, d, p: (leaves, gradclip.clip_grad_norm_(leaves, c, p, divide_by=d)),
+    "value": lambda leaves, c, d, p: (gradclip.clip_grad_value(leaves, c), None),
+    "value in place": lambda leaves, c, d, p: (leaves, gradclip.clip_grad_value_(leaves, c)),
+}
+
+CAPTURED = [
+    *(("norm", "large", p, "all") for p in (2.0, 3.0, 0.5, -1.0, INF)),
+    *(("norm", "strided", p, "all") for p in (2.0, 3.0, 0.0, INF)),
+    *((verb, "large", p, "all") for verb in ("functional", "in place") for p in (3.0, 0.5, -1.0)),
+    *((verb, "strided", p, "all") for verb in ("functional", "in place") for p in (2.0, 0.0, INF, 3.0)),
+    *(("in place", "overlapping", p, "all") for p in (2.0, 3.0)),
+    *(("functional", layout, 3.0, kept) for layout in ("small", "strided") for kept in ("grads", "norm")),
+    *(("in place", layout, 3.0, "grads") for layout in ("large", "small", "strided", "overlapping")),
+    *((verb, layout, 2.0, "grads") for verb in ("value", "value in place") for layout in ("small", "strided")),
+]
+
+
+def filled(pool: Any) -> list[Any]:
+    """Arrays that take all the memory that a pool has free, in pieces of many sizes."""
+    found = []
+    for n in (2**17, 2**14, 2**11, 2**8, 64):
+        size = pool.total_bytes()
+        while pool.total_bytes() == size:
+            found.append(cupy.full(n, 7.0))
+    assert pool.free_bytes() == 0
+    return found
+
+
+def norm_in_float64(values: list[np.ndarray], p: float) -> float:
+    x = np.abs(np.concatenate([v.ravel() for v in values]).astype(np.float64))
+    if p in (0, INF):
+        return float(np.count_nonzero(x) if p == 0 else x.max())
+    return float(np.sum(x**p) ** (1 / p))
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize(("verb", "layout", "p", "kept"), CAPTURED)
+def test_what_a_graph_writes_to_is_given_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, verb: str, layout: str, p: float, kept: str, compiles: bool
+) -> None:
+    """After the capture, arrays that have nothing to do with it take all free memory: no launch changes them.
+
+    The leaves are kept, and the results named by `kept`: in place, "grads" is nothing else.
+    """
+
+    def refused(*args: Any) -> Any:
+        raise compiler.NotCompiled
+
+    def check() -> None:
+        rng = np.random.default_rng(0)
+        clip, laid = VERBS[verb], LAYOUTS[layout]
+        base = cupy.ones(400_000 if layout == "large" else 10_000, cupy.float32)
+        leaves = laid(base)
+        bound, divisor = cupy.array(1.0, cupy.float32), cupy.array(2.0, cupy.float32)
+        clip(laid(base.copy()), bound, divisor, p)
+        stream.synchronize()
+        stream.begin_capture()
+        out, norm = clip(leaves, bound, divisor, p)
+        graph = stream.end_capture()
+        out = [] if kept == "norm" else out
+        norm = None if kept == "grads" else norm
+        others = filled(pool)
+        for scale in (1.0, 30.0):
+            x = (rng.normal(size=base.size) * scale).astype(np.float32)
+            if p >= 0:
+                x[rng.integers(0, x.size, 99)] = 0
+            values = [v.copy() for v in laid(x)]
+            want = norm_in_float64(values, p)
+            c, d = np.float32(want / 5), np.float32(1.0 if verb == "norm" else 1.5 + scale)
+            if verb.startswith("value"):
+                c, d = np.float32(scale), np.float32(1.0)
+            base.set(x, stream=stream)
+            bound.set(np.array(c), stream=stream)
+            divisor.set(np.array(d), stream=stream)
+            graph.launch(stream)
+            if norm is not None:
+                np.testing.assert_allclose(norm.get(stream=stream), want / d, rtol=1e-6)
+            for got, v in zip(out, values, strict=True) if out else ():
+                right = np.clip(v, -c, c) if verb.startswith("value") else v * (min(c * d / want, 1.0) / d)
+                np.testing.assert_allclose(got.get(stream=stream), right, rtol=1e-6)
+        assert all((other.get(stream=stream) == 7.0).all() for other in others)
+
+    if not compiles:
+        monkeypatch.setattr(kernels, "compiled", refused)
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+    with cupy.cuda.using_allocator(pool.malloc), stream:
+        check()
+        stream.synchronize()
+        gc.collect()
+        assert pool.used_bytes() == 0, "memory that nobody gives back"
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0])
+def test_a_graph_over_two_devices(two_devices: None, p: float) -> None:  # noqa: F811
+    """What is moved between devices, and what other devices measure, stays the graph's own as well."""
+    pool = cupy.cuda.MemoryPool()
+    values = [np.arange(1, 5001, dtype=np.float32), np.arange(1, 7001, dtype=np.float32)]
+    with cupy.cuda.Device(1):
+        second = cupy.cuda.Stream(non_blocking=True)
+    with cupy.cuda.Device(0):
+        first = cupy.cuda.Stream(non_blocking=True)
+    with cupy.cuda.using_allocator(pool.malloc), cupy.cuda.Device(1), second, cupy.cuda.Device(0), first:
+        leaves = [on(device, x) for device, x in enumerate(values)]
+
+        def clip() -> Any:
+            out = gradclip.clip_grad_norm([leaves[0][::2], leaves[1][::3]], 1.0, p)
+            with cupy.cuda.Device(1):
+                first.wait_event(second.record())
+            return out
+
+        clip()
+        for stream in (first, second):
+            stream.synchronize()
+        first.begin_capture()
+        out = clip()
+        graph = first.end_capture()
+        others = []
+        for device in (0, 1):
+            with cupy.cuda.Device(device):
+                others += filled(pool)
+        graph.launch(first)
+        first.synchronize()
+        parts = [values[0][::2], values[1][::3]]
+        want = norm_in_float64(parts, p)
+        np.testing.assert_allclose(host(out.norm), want, rtol=1e-6)
+        for got, x in zip(out.grads, parts, strict=True):
+            np.testing.assert_allclose(host(got), x / want, rtol=1e-6)
+        assert all((host(other) == 7.0).all() for other in others)
+        gc.collect()  # now, and not in the middle of another capture: freeing memory would break that
 
 
 def test_threads_that_share_the_kernels() -> None:

@@ -33,6 +33,7 @@ NEEDS = {
     "gradclip.distributed._mpi": "mpi4py",
     "gradclip.distributed._nccl": "cupy",
     "gradclip._kernels.cupy_compiler": "cupy",
+    "gradclip._kernels.cupy_graphs": "cupy",
     "gradclip._kernels.jax_leaves": "jax",
     "gradclip._kernels.jax_sums": "jax",
 }

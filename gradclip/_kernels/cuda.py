@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from gradclip._kernels.cuda_text import (
+    ALIGNMENT,
     CHUNKS,
     IDENTITY,
     JOIN,
@@ -192,5 +193,6 @@ def settle(plan: Callable[..., Any], form: Form) -> Settled:
 def scale(kinds: tuple[str, ...]) -> str:
     """The kernel that writes `leaf * shift * factor`; a complex leaf is twice as many real numbers to it."""
     run = "rewrite((const {0}*)t.from[low] + skipped, "
-    run += "(base ? ({0}*)(base + t.out[low] * 256ull) : ({0}*)t.from[low]) + skipped, n, factor, shift, keep);"
+    run += f"(base ? ({{0}}*)(base + t.out[low] * {ALIGNMENT}ull) : ({{0}}*)t.from[low]) + skipped, "
+    run += "n, factor, shift, keep);"
     return _head() + SCALE % {"chunks": CHUNKS % {"choice": _choice(kinds, run)}}

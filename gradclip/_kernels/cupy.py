@@ -1,11 +1,12 @@
 """CuPy: a few launches for all leaves together, where the generic kernels take some twenty for each.
 
 For 1,000 leaves of 1,024 float32 elements: 5 launches for the norm and 9 for a clip, in place or not, where the generic
-kernels take 6,030 and 17,030. Counted on emulated devices; no time was measured on a GPU.
+kernels take 6,032 and 17,032. Counted on emulated devices; no time was measured on a GPU.
 
 The kernels are written by `cuda` and compiled when they are first needed; one that will not compile on this machine
 is replaced by the generic form, with one warning. Everything is queued on the current stream and the host never waits;
-where leaves are comes by value, in the parameters of the kernels.
+the addresses of the leaves go to the kernels by value, in their parameters. So a call can be captured in a CUDA graph:
+keep the leaves and what the call returns as long as the graph (see `cupy_graphs`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from gradclip._kernels import cuda, cuda_table
 from gradclip._kernels.cuda_text import ALIGNMENT, THREADS
 from gradclip._kernels.cupy_compiler import NotCompiled, compiled
+from gradclip._kernels.cupy_graphs import Recorded
 from gradclip._kernels.generic import Kernels
 from gradclip._law import Law
 from gradclip._numbers import Measured
@@ -31,8 +33,8 @@ _BLOCKS = 1024
 _NULL = np.uint64(0)
 
 
-class CupyKernels(Kernels):
-    """Kernels for `cupy.ndarray`. Everything is queued on the current stream; the host never waits."""
+class _Kernels(Kernels):
+    """The work of `CupyKernels`."""
 
     def __init__(self) -> None:
         super().__init__(xp)
@@ -152,7 +154,6 @@ class CupyKernels(Kernels):
             measured = [] if columns is None else [columns, np.uint32(columns.shape[1]), *seen]
             given = [x.root for x in bounds if x is not None]
             kernel((1,), (THREADS,), (out, *measured, *given))
-            out = cupy.ndarray(out.shape, out.dtype, _kept(out.data, out.nbytes, (measured, given)))
             norm = out[0] if form.wide else out.view(cupy.float32)[0]
             return norm, out[1], out[2] if shifts else None, out[3], out[4]
 
@@ -208,17 +209,18 @@ class CupyKernels(Kernels):
 
         A leaf whose elements lie side by side keeps its layout; any other comes back in C order.
         """
+        groups = _by_device(leaves)
         try:
-            kernel = self._scaling(leaves)
+            kernel = self._scaling(leaves, groups)
         except NotCompiled:
             return super().scale(leaves, factor, shift)
         out: list[Array] = list(leaves)
-        for device, places in _by_device(leaves):
+        for device, places in groups:
             with self.on(device):
                 by = self.move(factor, device), _NULL if shift is None else self.move(shift, device)
                 dense = [i for i in places if leaves[i].size and cuda_table.is_dense(leaves[i])]
                 starts, end = cuda_table.room_for([leaves[i] for i in dense])
-                room = _kept(cupy.cuda.alloc(end * ALIGNMENT), end * ALIGNMENT, by)
+                room = cupy.cuda.alloc(end * ALIGNMENT)
                 for i, start in zip(dense, starts, strict=True):
                     x = leaves[i]
                     out[i] = cupy.ndarray(x.shape, x.dtype, room + start * ALIGNMENT, x.strides)
@@ -231,11 +233,12 @@ class CupyKernels(Kernels):
 
     def scale_into(self, leaves: Sequence[Array], factor: Array, shift: Array | None) -> None:
         leaves = [x for x in leaves if x.size]
+        groups = _by_device(leaves)
         try:
-            kernel = self._scaling(leaves)
+            kernel = self._scaling(leaves, groups)
         except NotCompiled:
             return super().scale_into(leaves, factor, shift)
-        for device, places in _by_device(leaves):
+        for device, places in groups:
             with self.on(device):
                 by = self.move(factor, device), _NULL if shift is None else self.move(shift, device)
                 here = [leaves[i] for i in places]
@@ -250,9 +253,9 @@ class CupyKernels(Kernels):
                     x[...] = new
         return None
 
-    def _scaling(self, leaves: Sequence[Array]) -> Callable[..., None]:
+    def _scaling(self, leaves: Sequence[Array], groups: Sequence[tuple[int, list[int]]]) -> Callable[..., None]:
         """The launches of `scale`, compiled for every device before the first leaf is written."""
-        for device, places in _by_device(leaves):
+        for device, places in groups:
             with self.on(device):
                 compiled(cuda.scale(cuda_table.kinds([leaves[i] for i in places], real=True)), "gradclip_scale")
 
@@ -265,12 +268,8 @@ class CupyKernels(Kernels):
         return launch
 
 
-def _kept(memory: Any, size: int, others: Any) -> Any:
-    """The same memory. While a graph is captured it keeps `others` alive: each launch of the graph writes to them."""
-    if not size or not cupy.cuda.get_current_stream().is_capturing():
-        return memory
-    owner = cupy.cuda.UnownedMemory(memory.ptr, size, (memory, others), memory.device_id)
-    return cupy.cuda.MemoryPointer(owner, 0)
+class CupyKernels(Recorded, _Kernels):
+    """Kernels for `cupy.ndarray`. Everything is queued on the current stream; the host never waits."""
 
 
 def _counted(arrays: Sequence[Array], all_reduce: Call | None) -> list[Array] | None:
