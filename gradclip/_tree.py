@@ -154,28 +154,11 @@ class Flat:
 
     def rebuild(self, values: list[Any]) -> Tree:
         """A tree like the one that came, with `values` at the leaves."""
-        it = iter(values)
-
-        def build(place: Any) -> Any:
-            if place is _LEAF:
-                return next(it)
-            return place and place.node.build([next(it) if p is _LEAF else build(p) for p in place.places])
-
-        return build(self._plan)
+        return _build(self._plan, iter(values))
 
     def paths(self) -> list[str]:
         """How a reader would write the way to each leaf: `grads['encoder'][3].weight`."""
-        out: list[str] = []
-
-        def visit(place: Any, path: str) -> None:
-            if place is _LEAF:
-                out.append(path)
-            elif place is not None:
-                for key, below in zip(place.node.keys(), place.places, strict=True):
-                    visit(below, path + key)
-
-        visit(self._plan, self._root)
-        return out
+        return list(_ways(self._plan, self._root))
 
     def without(self, drop: Callable[[Any], bool]) -> Flat:
         """The same tree, where some leaves stay as they are and are not among `values`."""
@@ -204,33 +187,53 @@ def flatten(tree: Tree, root: str = "grads") -> Flat:
     One-shot iterators are read once and come back as lists.
     """
     values: list[Any] = []
-    inside: list[tuple[Any, Node]] = []  # the containers that stand open
+    return Flat(values, _visit(tree, root, values, []), root)
 
-    def visit(x: Any) -> Any:
-        if type(x) in _leaf_types:
-            values.append(x)
-            return _LEAF
-        if x is None:
-            return None
-        node = _open(x)
-        if node is None:
-            if hasattr(type(x), "__dlpack__"):
-                _leaf_types.add(type(x))
-            values.append(x)
-            return _LEAF
-        if any(x is outer for outer, _ in inside):
-            below = [outer for outer, _ in inside[1:]] + [x]
-            keys = (_key_of(child, node) for child, (_, node) in zip(below, inside, strict=True))
-            raise ValueError(f"{root}{''.join(keys)} contains itself: a gradient tree must be finite")
-        if _leaf_types.issuperset(map(type, node.children)):
-            values.extend(node.children)
-            return _Inner(node, [_LEAF] * len(node.children))
-        inside.append((x, node))
-        places = [visit(child) for child in node.children]
-        inside.pop()
-        return _Inner(node, places)
 
-    return Flat(values, visit(tree), root)
+# These call themselves, and are not closures: one would be in a cycle with itself, and the gradients would stay alive
+# until Python looks for cycles.
+
+
+def _visit(x: Any, root: str, values: list[Any], inside: list[tuple[Any, Node]]) -> Any:
+    """What is to be remembered of `x`; leaves go to `values`. `inside`: the containers that stand open."""
+    if type(x) in _leaf_types:
+        values.append(x)
+        return _LEAF
+    if x is None:
+        return None
+    node = _open(x)
+    if node is None:
+        if hasattr(type(x), "__dlpack__"):
+            _leaf_types.add(type(x))
+        values.append(x)
+        return _LEAF
+    if any(x is outer for outer, _ in inside):
+        below = [outer for outer, _ in inside[1:]] + [x]
+        keys = (_key_of(child, node) for child, (_, node) in zip(below, inside, strict=True))
+        raise ValueError(f"{root}{''.join(keys)} contains itself: a gradient tree must be finite")
+    if _leaf_types.issuperset(map(type, node.children)):
+        values.extend(node.children)
+        return _Inner(node, [_LEAF] * len(node.children))
+    inside.append((x, node))
+    places = [_visit(child, root, values, inside) for child in node.children]
+    inside.pop()
+    return _Inner(node, places)
+
+
+def _build(place: Any, values: Iterator[Any]) -> Any:
+    """The tree below a place."""
+    if place is _LEAF:
+        return next(values)
+    return place and place.node.build([next(values) if p is _LEAF else _build(p, values) for p in place.places])
+
+
+def _ways(place: Any, path: str) -> Iterator[str]:
+    """The key paths of the leaves below a place."""
+    if place is _LEAF:
+        yield path
+    elif place is not None:
+        for key, below in zip(place.node.keys(), place.places, strict=True):
+            yield from _ways(below, path + key)
 
 
 def _key_of(child: Any, node: Node) -> str:
@@ -256,32 +259,32 @@ def spread(
     Each comes with the path to the place where it stands in `bounds`. `is_bound` tells a bound that looks like a
     container, `is_nothing` a leaf that needs none. Raises ValueError where the two trees part, with the path.
     """
-    out: list[Leaf] = []
+    return list(_spread(bounds, tree, name, is_bound, is_nothing))
 
-    def visit(bound: Any, node: Any, path: str) -> None:
-        if node is None or is_nothing(node):
-            return
-        opened = _open(node)
-        inner = None if bound is None or is_bound(bound) else _open(bound)
-        if opened is None:
-            if inner is not None:
-                raise ValueError(f"{path} is a container ({type(bound).__name__}), but its gradient is a single array")
-            out.append(Leaf(path, bound))
-        elif inner is None:
-            for child in opened.children:
-                visit(bound, child, path)
-        else:
-            keys, given = opened.keys(), inner.keys()
-            if sorted(keys) != sorted(given):
-                raise ValueError(
-                    f"{path} does not match the gradients there: it has {_listed(given)}, they have {_listed(keys)}"
-                )
-            below = dict(zip(given, inner.children, strict=True))
-            for key, child in zip(keys, opened.children, strict=True):
-                visit(below[key], child, path + key)
 
-    visit(bounds, tree, name)
-    return out
+def _spread(
+    bound: Any, tree: Tree, path: str, is_bound: Callable[[Any], bool], is_nothing: Callable[[Any], bool]
+) -> Iterator[Leaf]:
+    if tree is None or is_nothing(tree):
+        return
+    opened = _open(tree)
+    inner = None if bound is None or is_bound(bound) else _open(bound)
+    if opened is None:
+        if inner is not None:
+            raise ValueError(f"{path} is a container ({type(bound).__name__}), but its gradient is a single array")
+        yield Leaf(path, bound)
+    elif inner is None:
+        for child in opened.children:
+            yield from _spread(bound, child, path, is_bound, is_nothing)
+    else:
+        keys, given = opened.keys(), inner.keys()
+        if sorted(keys) != sorted(given):
+            raise ValueError(
+                f"{path} does not match the gradients there: it has {_listed(given)}, they have {_listed(keys)}"
+            )
+        below = dict(zip(given, inner.children, strict=True))
+        for key, child in zip(keys, opened.children, strict=True):
+            yield from _spread(below[key], child, path + key, is_bound, is_nothing)
 
 
 def _listed(keys: list[str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections import OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -812,3 +815,41 @@ def test_a_memory_mapped_leaf_comes_back_itself(tmp_path):
     assert gradclip.clip_grad_norm([x], 2.5).grads[0].tolist() == [1.5, 2.0, 0.0, 0.0]
     gradclip.clip_grad_norm_([x], 2.5)
     assert x.tolist() == [1.5, 2.0, 0.0, 0.0]
+
+
+def refused(call):
+    """The call, which must raise; the error, whose traceback would hold the gradients, is let go."""
+
+    def attempt(tree):
+        with contextlib.suppress(gradclip.LeafError, gradclip.NonFiniteError):
+            call(tree)
+            raise AssertionError("not refused")
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        gradclip.global_norm,
+        lambda tree: gradclip.clip_grad_norm(tree, 0.5),
+        lambda tree: gradclip.clip_grad_norm_(tree, 0.5),
+        lambda tree: gradclip.clip_grad_norm(tree, 0.5, 3, all_reduce=lambda partial, op: partial),
+        lambda tree: gradclip.clip_grad_value(tree, {"a": (-0.5, 1.0)}),
+        lambda tree: gradclip.clip_grad_value_(tree, 0.5),
+        refused(lambda tree: gradclip.global_norm([tree, 1])),
+        refused(lambda tree: gradclip.clip_grad_norm(tree, 1.0, norm=float("inf"), nonfinite="error")),
+    ],
+)
+def test_gradients_are_let_go_without_the_garbage_collector(call):
+    """Nothing that a call leaves behind is in a cycle with the gradients: their memory is free when the caller's is."""
+    gc.collect()
+    gc.disable()
+    try:
+        x = np.ones(3)
+        gone = weakref.ref(x)
+        call({"a": [x, (x, None)]})
+        del x
+        assert gone() is None
+    finally:
+        gc.enable()
