@@ -27,13 +27,16 @@ class Range(NamedTuple):
     thin: float  # a middle bin below this may be smaller than the small bin
     huge_sum: float  # above: 2**48 magnitudes might overflow
     lift: float  # 1 / smallest normal number, nearly
+    shift: float  # twice multiplied with, it takes the least quotient that matters into the range
     top: float  # the largest power of two
     largest: float  # the largest number
 
 
+_LARGEST = sys.float_info.max
+
 RANGES = {
-    "float32": Range(2.0**90, 2.0**-63, 2.0**40, 2.0**-60, 2.0**60, 2.0**126, 2.0**127, 2.0**128 - 2.0**104),
-    "float64": Range(2.0**600, 2.0**-511, 2.0**480, 2.0**-900, 2.0**900, 2.0**1020, 2.0**1023, sys.float_info.max),
+    "float32": Range(2.0**90, 2.0**-63, 2.0**40, 2.0**-60, 2.0**60, 2.0**126, 2.0**64, 2.0**127, 2.0**128 - 2.0**104),
+    "float64": Range(2.0**600, 2.0**-511, 2.0**480, 2.0**-900, 2.0**900, 2.0**1020, 2.0**512, 2.0**1023, _LARGEST),
 }
 
 
@@ -170,24 +173,24 @@ def to_float32(xp: Namespace, norm: Array) -> Array:
 
 
 def quotient(xp: Namespace, bound: Measured, norm: Measured) -> tuple[Array, Array | None]:
-    """`bound / norm` as `(factor, shift)`, two numbers with that product.
+    """`bound / norm` as `(factor, shift)`, numbers with `shift * factor * shift` equal to it.
 
-    `x * shift * factor` neither overflows nor loses bits on the way, unless its result does. `shift` is a power of
-    two, and 1 unless the quotient is not a normal number; it is None where both numbers say that this cannot matter.
+    `x * shift * factor * shift` neither overflows nor loses bits on the way, unless its result does. `shift` is a power
+    of two, and 1 unless the quotient is not a normal number; it is None where both numbers say that this cannot matter.
     """
     q, e = bound.divided(xp, norm)
     largest = xp.full_like(q, range_of(q).largest)  # not inf: 0 * inf is NaN
     if e is None:
         return xp.minimum(q, largest), None
-    s, k = range_of(q).step, range_of(q).lift
+    s, k, t = range_of(q).step, range_of(q).lift, range_of(q).shift
     plain = rescale(xp, q, e)
     one, zero = xp.ones_like(q), xp.zeros_like(e)
     small, large = plain < 1 / k, plain > k
-    # q is within 1/s .. s: the first step of the way to `plain * k` or `plain / k` is taken with k, not s.
-    towards = xp.where(large, (s / k) * one, xp.where(e >= -1, (k / s) * one, (k / s / s) * one))
+    # q is within 1/s .. s: the first step of the way to `plain * t**2` or `plain / t**2` is taken with t**2, not s.
+    towards = xp.where(large, (s / t / t) * one, xp.where(e >= -1, (t / s * t) * one, (t / s * t / s) * one))
     steps = xp.where(large, e - 1, xp.where(e >= -1, zero, e + 2))
     shifted = rescale(xp, q * towards, steps)
-    shift = xp.where(large, k * one, xp.where(small, one / k, one))
+    shift = xp.where(large, t * one, xp.where(small, one / t, one))
     return xp.minimum(xp.where(xp.logical_or(small, large), shifted, plain), largest), shift
 
 

@@ -56,6 +56,7 @@ class Backend:
     dtypes: tuple[str, ...] = ALL_DTYPES
     in_place = True
     flushes = False  # subnormals may count as zero
+    compiles = False  # a program for each p and each list of shapes and dtypes
     accumulates_wide = True  # norms of 32-bit leaves are summed in float64
     eager = True  # the host may look at values
 
@@ -175,6 +176,7 @@ class Jax(Backend):
     dtypes = ("float16", "bfloat16", "float32", "complex64")
     in_place = False
     flushes = True
+    compiles = True
     accumulates_wide = False
     x64 = False
     jit = False

@@ -260,7 +260,7 @@ def test_numbers_are_read_exactly_and_rounded_once(name: str, factor: float, shi
     (got,) = kernels.CupyKernels().scale([leaf], *by)
     assert got.dtype == x.dtype
     with np.errstate(all="ignore"):
-        want = nearest(x.astype(np.float64) * (1.0 if shift is None else shift) * factor, name)
+        want = nearest(x.astype(np.float64) * (1.0 if shift is None else shift**2) * factor, name)
         got_wide = host(got).astype(np.float64)
     np.testing.assert_array_equal(got_wide, want)
     finite = ~np.isnan(want)

@@ -37,6 +37,8 @@ NAMED = [
     pytest.param("float64", [[1e200, 1e200]], 1.0, [[ROOT_HALF, ROOT_HALF]], id="float64 1e200"),
     pytest.param("float64", [[1e-200, 1e-200]], 1e-201, [[1e-201 * ROOT_HALF] * 2], id="float64 1e-200"),
     pytest.param("float64", [[1.7e308], [1.7e308]], 1e-200, [[1e-200 * ROOT_HALF]] * 2, id="float64 largest"),
+    pytest.param("float32", [[3.4e38] * 3], 4.4e-38, [[4.4e-38 / 3**0.5] * 3], id="float32 largest to smallest"),
+    pytest.param("float64", [[1.7e308] * 3], 7.7e-308, [[7.7e-308 / 3**0.5] * 3], id="float64 largest to smallest"),
     pytest.param("float32", [[0.0, 0.0]], 0.0, [[0.0, 0.0]], id="zeros at 0"),
     pytest.param("float32", [[1e30], [1e-30]], 1.0, [[1.0], [0.0]], id="far apart"),
 ]

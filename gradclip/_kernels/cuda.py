@@ -191,7 +191,7 @@ def settle(plan: Callable[..., Any], form: Form) -> Settled:
 
 @lru_cache(maxsize=256)
 def scale(kinds: tuple[str, ...]) -> str:
-    """The kernel that writes `leaf * shift * factor`; a complex leaf is twice as many real numbers to it."""
+    """The kernel that writes `leaf * shift * factor * shift`; a complex leaf is twice as many real numbers to it."""
     run = "rewrite((const {0}*)t.from[low] + skipped, "
     run += f"(base ? ({{0}}*)(base + t.out[low] * {ALIGNMENT}ull) : ({{0}}*)t.from[low]) + skipped, "
     run += "n, factor, shift, keep);"

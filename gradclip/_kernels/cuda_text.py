@@ -204,7 +204,7 @@ JOIN = """
 SCALE = """
 template <class T> __device__ __forceinline__ T product(T x, double factor, double shift, bool keep) {
     T out = x;
-    if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor, out);
+    if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor * shift, out);
     return out;
 }
 template <class T> __device__ __forceinline__ void rewrite(

@@ -205,7 +205,7 @@ class _Kernels(Kernels):
         return super().scaled(leaf, factor, shift).astype(leaf.dtype, copy=False)  # cupy.where widens bfloat16
 
     def scale(self, leaves: Sequence[Array], factor: Array, shift: Array | None) -> list[Array]:
-        """`leaf * shift * factor`. The outputs on one device share one allocation: while one is kept, all are.
+        """`leaf * shift * factor * shift`. The outputs on one device share one allocation: while one is kept, all are.
 
         A leaf whose elements lie side by side keeps its layout; any other comes back in C order.
         """

@@ -238,7 +238,7 @@ class Kernels:
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factor: Array, shift: Array | None) -> list[Array]:
-        """`leaf * shift * factor` for every leaf: formed in the accumulation dtype, rounded once."""
+        """`leaf * shift * factor * shift` for every leaf: formed in the accumulation dtype, rounded once."""
         scaled = []
         by_device: dict[Any, tuple[Array, Array | None]] = {}
         for leaf in leaves:
@@ -268,7 +268,10 @@ class Kernels:
             product = product * xp.astype(shift, acc)
             keep = xp.logical_and(keep, shift == 1)
         live = xp.where(factor == 0, xp.ones_like(factor), factor)  # 0 * inf would warn
-        product = xp.astype(product * xp.astype(live, acc), leaf.dtype)
+        product = product * xp.astype(live, acc)
+        if shift is not None:
+            product = product * xp.astype(shift, acc)
+        product = xp.astype(product, leaf.dtype)
         return xp.where(keep, leaf, xp.where(factor == 0, xp.zeros_like(leaf), product))
 
     def scale_into(self, leaves: Sequence[Array], factor: Array, shift: Array | None) -> None:

@@ -197,7 +197,7 @@ def _scaled(kernels: JaxKernels, leaves: list[Array], factor: Array, shift: Arra
         acc = kernels.working(leaf, factor.dtype)
         by_bits = leaf.dtype == jnp.bfloat16 and acc == jnp.float32
         product = _widened(leaf) if by_bits else leaf.astype(acc)
-        for step in (live,) if shift is None else (shift, live):
+        for step in (live,) if shift is None else (shift, live, shift):
             product = product * step.astype(acc)
         product = product.astype(leaf.dtype)
         if by_bits:

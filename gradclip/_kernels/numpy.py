@@ -131,14 +131,14 @@ class NumpyKernels(Kernels):
             self._multiply(leaves, leaves, factor, shift)
 
     def _multiply(self, leaves: Sequence[Array], outs: Sequence[Array], factor: Array, shift: Array | None) -> None:
-        """`out = leaf * shift * factor` for every leaf."""
+        """`out = leaf * shift * factor * shift` for every leaf."""
         if factor == 0 or factor != factor:
             for out in outs:
                 out[...] = factor
             return
         if (shift is not None and shift != 1) or not 2.0**-126 <= factor <= 2.0**126:
             for leaf, out in zip(leaves, outs, strict=True):
-                _multiplied_wide(leaf, out, [factor] if shift is None else [shift, factor])
+                _multiplied_wide(leaf, out, [factor] if shift is None else [shift, factor, shift])
             return
         wide = self.reported(leaves) == np.float64
         plain = {np.dtype(kind): np.asarray(factor, kind) for kind in (np.float32, np.float64)[wide:]}
@@ -228,7 +228,7 @@ def _sum_of_squares(job: list[Array], wide: bool) -> float:
 def _multiplied_wide(leaf: Array, out: Array, steps: list[Array]) -> None:
     """`out = leaf * steps`, the product formed in float64 or complex128 and rounded once."""
     acc = np.dtype(np.complex128 if dtype_name(leaf).startswith("complex") else np.float64)
-    if len(steps) == 2 or dtype_name(leaf) == "bfloat16":  # bfloat16 has no ufunc loop in float64
+    if len(steps) > 1 or dtype_name(leaf) == "bfloat16":  # bfloat16 has no ufunc loop in float64
         product = leaf.astype(acc)
         for step in steps:
             product *= step
