@@ -608,7 +608,7 @@ def test_what_a_graph_writes_to_is_given_to_nobody_else(
     def check() -> None:
         rng = np.random.default_rng(0)
         clip, laid = VERBS[verb], LAYOUTS[layout]
-        base = cupy.ones(400_000 if layout == "large" else 10_000, cupy.float32)
+        base = cupy.ones(120_000 if layout == "large" else 10_000, cupy.float32)
         leaves = laid(base)
         bound, divisor = cupy.array(1.0, cupy.float32), cupy.array(2.0, cupy.float32)
         clip(laid(base.copy()), bound, divisor, p)
