@@ -98,7 +98,7 @@ def test_one_call_joins_the_ranks(p: float, rank: int) -> None:
     np.testing.assert_allclose(out.grads["shared"].get(), shared * factor, rtol=1e-6)
     np.testing.assert_allclose(out.grads["own"].get(), MINE * factor, rtol=1e-6)
     assert len(comm.calls) == (1 if p in (2, 1, 0, INF, -INF) else 2)
-    assert all(count <= 16 for _, count in comm.calls)
+    assert all(count <= 3 for _, count in comm.calls)
     assert set(comm.streams) == {stream.ptr}, "the current stream, as everything else"
 
 

@@ -60,9 +60,9 @@ class Kernels:
     def full(self, value: float, dtype: Any, device: Any) -> Array:
         """A 0-d array that needs no copy from the host: the value rounded to `dtype`."""
         info = self.xp.finfo(dtype)
-        largest = float(info.max)
+        largest, eps = float(info.max), float(info.eps)
         if abs(value) > largest:  # some libraries refuse it
-            beyond = abs(value) >= largest + largest / (2 - info.eps) * info.eps / 2  # half a unit in the last place
+            beyond = abs(value) >= largest + largest / (2 - eps) * eps / 2  # half a unit in the last place
             value = math.copysign(math.inf if beyond else largest, value)
         return self.xp.full((), value, dtype=dtype, device=device)
 

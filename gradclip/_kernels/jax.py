@@ -85,7 +85,7 @@ class JaxKernels(Kernels):
             return [found(merged)]
 
         def plain_first(law: TwoNorm, merged: list[Array], safely: Callable[[list[Array]], Array]) -> Array:
-            """One plain sum of squares; more only where that left the safe range: 0.1 ms for 25 million elements."""
+            """One plain sum of squares; more only where that left the safe range. To look takes 0.1 ms."""
             parts = [these for x in merged for these in law.apart(self.parts(x, acc))]
             plain = self.total(jnp.stack([total_on_cpu(law.term(jnp, these)) for these in parts]))
             bins, r = jnp.stack([0 * plain, plain, 0 * plain]), range_of(plain)
