@@ -8,16 +8,17 @@
 """
 
 from gradclip import distributed as distributed
-from gradclip._clip import clip_grad_norm, clip_grad_norm_, global_norm
+from gradclip._clip import clip_grad_norm, clip_grad_norm_, global_norm, norms
 from gradclip._clip_value import clip_grad_value, clip_grad_value_
-from gradclip._errors import LeafError, NonFiniteError
-from gradclip._kernels.threads import set_num_threads
+from gradclip._errors import Culprit, LeafError, NonFiniteError
+from gradclip._threads import set_num_threads
 from gradclip._types import Clipped
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Clipped",
+    "Culprit",
     "LeafError",
     "NonFiniteError",
     "clip_grad_norm",
@@ -25,5 +26,6 @@ __all__ = [
     "clip_grad_value",
     "clip_grad_value_",
     "global_norm",
+    "norms",
     "set_num_threads",
 ]

@@ -6,9 +6,10 @@ import math
 import numbers
 from typing import Any, NamedTuple, cast, get_args
 
-from gradclip._dispatch import host_number, is_nothing, is_real, library, on_host
-from gradclip._tree import Flat, is_container, lasting, spread
-from gradclip._types import Call, Engine, Leaf, Nonfinite, Scalar
+from gradclip._groups import Grouped
+from gradclip._libraries import host_number, is_real, library, on_host
+from gradclip._tree import Flat, is_container, lasting
+from gradclip._types import AllReduce, Nonfinite, Scalar
 
 
 def norm_type(p: Any) -> float:
@@ -55,25 +56,21 @@ def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True
     return value
 
 
-def shards(all_reduce: Any, flat: Flat, norm_type: float, nonfinite: Nonfinite) -> Call | None:
-    """`all_reduce` and what it is to know about this call: for an `Engine`, which leaves have copies elsewhere."""
-    if all_reduce is None:
-        return None
-    if not callable(all_reduce):
+def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> Scalar | list[Scalar]:
+    """One bound for all groups, or one for each, given in the form in which their norms come back."""
+    entries = grouped.entries(value, name)
+    each = [scalar(path, entry, finite=finite) for path, entry in entries]
+    return each[0] if len(each) == 1 else each
+
+
+def all_reduce(given: Any) -> AllReduce | None:
+    """What joins shards, or None."""
+    if given is not None and not callable(given):
         raise TypeError(
-            f"all_reduce must be a callable (partial, op) -> joined, got {all_reduce!r}: "
+            f"all_reduce must be a callable (partial, op) -> joined, got {given!r}: "
             "take one of gradclip.distributed, for example psum('data')"
         )
-    kinds: list[Any] = [None] * len(flat.values)
-    if isinstance(all_reduce, Engine):
-        told = kinds
-        if all_reduce.told is not None:
-            grads = flat.rebuild(flat.values)
-            entries = spread(all_reduce.told, grads, all_reduce.telling, lambda x: False, is_nothing)
-            told = [entry.value for entry in entries]
-        leaves = map(Leaf, flat.paths(), flat.values)
-        kinds = [all_reduce.kind(leaf, entry) for leaf, entry in zip(leaves, told, strict=True)]
-    return Call(all_reduce, kinds, norm_type, nonfinite)
+    return given  # type: ignore[no-any-return]
 
 
 class _Pair(NamedTuple):
@@ -86,7 +83,7 @@ class _Pair(NamedTuple):
 
 def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
     """`clip_value` as a pair for every leaf; a lower bound of None stands for minus the upper one."""
-    grads, clip_value = flat.rebuild(flat.values), lasting(clip_value, "clip_value")
+    clip_value = lasting(clip_value, "clip_value")
     pairs = []
     if not is_container(clip_value):
         _check(_Pair(None, clip_value))
@@ -94,16 +91,13 @@ def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
         if not any(is_container(side) for side in clip_value):
             _check_kind("clip_value", *clip_value)
             _check(_Pair(*clip_value))
-        sides = (
-            spread(side, grads, name, lambda x: False, is_nothing)
-            for side, name in zip(clip_value, ("lo", "hi"), strict=True)
-        )
+        sides = (flat.spread(side, name) for side, name in zip(clip_value, ("lo", "hi"), strict=True))
         for lo, hi in zip(*sides, strict=True):
             _check_kind(lo.path, lo.value)
             _check_kind(hi.path, hi.value)
             pairs.append(_Pair(_float(lo.value), _float(hi.value), f"{lo.path} and {hi.path}"))
     else:
-        for path, bound in spread(clip_value, grads, "clip_value", _is_pair, is_nothing):
+        for path, bound in flat.spread(clip_value, "clip_value", _is_pair):
             if _is_pair(bound):
                 _check_kind(path, *bound)
                 pairs.append(_Pair(_float(bound[0]), _float(bound[1]), path))

@@ -1,9 +1,9 @@
-"""The public verbs, and the policy: what happens to a gradient once its norm is known.
+"""The public verbs. A clip goes one way, and `clip_grad_norm` shows it:
 
-    tree -> leaves -> partial -> (other shards) -> norm -> factor -> leaves -> tree
+    tree -> leaves, groups -> partials -> (other shards) -> norms -> decision -> leaves -> tree
 
-`flatten` (_tree) opens the tree, `kernels_for` (_dispatch) finds the library's kernels, `measure` (_kernels) and
-the laws of _norms give the norm, `_decide` below turns it into one factor, and `scale` (_kernels) applies that.
+`_given` checks what came (`_leaves`, `_groups`, `_arguments`); a backend (`_backends`) makes the partials of a norm
+(`_norms`), `_shards` joins them with those from elsewhere, `_decide` holds the policy, and a backend scales the leaves.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import array_api_compat
+
 from gradclip import _arguments
-from gradclip._dispatch import active, kernels_for, refuse_unwritable
-from gradclip._errors import Culprit, NonFiniteError, described
-from gradclip._kernels.dtypes import dtype_name
-from gradclip._kernels.generic import Kernels
-from gradclip._law import Law
-from gradclip._norms import law
-from gradclip._numbers import Measured, to_float32
-from gradclip._tree import Flat
-from gradclip._types import AllReduce, Array, Call, Clipped, Nonfinite, Scalar, Tree
+from gradclip._backends.generic import Backend
+from gradclip._decide import Bounds, Verdict
+from gradclip._dtypes import dtype_names, fits
+from gradclip._groups import Grouped, grouped
+from gradclip._leaves import active, backend_for, refuse_unwritable
+from gradclip._nonfinite import raise_if_bad
+from gradclip._norms import Norm, norm_for
+from gradclip._shards import Shards
+from gradclip._types import AllReduce, Array, Call, Clipped, Nonfinite, Per, Scalar, Tree
 
 T = TypeVar("T")
 
@@ -51,9 +53,9 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     Raises
     ------
     LeafError
-        For a leaf that is no dense floating-point or complex array.
-    TypeError
-        For an `all_reduce` that is not callable.
+        For a leaf that is no dense floating-point or complex array, or arrays of libraries that cannot work together.
+    TypeError, ValueError
+        For a `norm_type` that is no real number, an `all_reduce` that is not callable or joins to another shape.
 
     Notes
     -----
@@ -68,11 +70,56 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     >>> float(global_norm([np.float32([3e38]), {"b": np.float32([4e30])}]))
     3.0000000054977558e+38
     """
-    norm_type = _arguments.norm_type(norm_type)
-    flat = active(grads)
-    kernels = kernels_for(flat)
-    call = _arguments.shards(all_reduce, flat, norm_type, "propagate")
-    return _plan(flat, kernels, law(norm_type), "propagate", _Bounds(), call).norm
+    return norms(grads, norm_type, per=None, all_reduce=all_reduce)
+
+
+def norms(grads: Tree, norm_type: float = 2.0, *, per: Per = "leaf", all_reduce: AllReduce | None = None) -> Any:
+    r"""Return the p-norm of every group of elements, all in one pass.
+
+    .. math:: \|g_k\|_p = \Big(\sum_{i \in k} |g_i|^p\Big)^{1/p} \text{ for every group } k
+
+    Parameters
+    ----------
+    grads : tree of arrays
+        As in `global_norm`.
+    norm_type : float, static
+        p, as in `global_norm`.
+    per : None, "leaf", tree of labels, or function, static
+        Which elements share a norm: all, those of each leaf, or those of the leaves that share a label. Labels (any
+        hashable) come as a tree prefix of `grads`, or by a function of a leaf's key path (``"grads['encoder'][3]"``)
+        and the leaf. Label None: left alone, not counted.
+    all_reduce : callable, optional
+        As in `global_norm`. The groups must be the same on all shards.
+
+    Returns
+    -------
+    tree of 0-d arrays, dict, or 0-d array
+        ``per="leaf"``: the tree, a norm for each leaf. Labels: a dict from label to norm. None: the global norm. Each
+        norm is what `global_norm` gives of its group alone, in dtype and value.
+
+    Raises
+    ------
+    LeafError
+        As `global_norm`.
+    TypeError, ValueError
+        As `global_norm`, and for a `per` that does not fit the gradients.
+
+    Notes
+    -----
+    Exact as `global_norm` is, and as lazy: one pass over the data whatever the groups, no wait for the device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> grads = {"w": np.array([3.0, 4.0]), "b": np.array([12.0])}
+    >>> {name: float(norm) for name, norm in norms(grads).items()}
+    {'w': 5.0, 'b': 12.0}
+    >>> float(norms(grads, per={"w": "all", "b": "all"})["all"])
+    13.0
+    """
+    given = _given(grads, norm_type, per, Bounds(math.inf), "propagate", all_reduce)
+    with given.backend.session(given.leaves, in_place=False):
+        return given.grouped.norms(_settled(given).norms)
 
 
 def clip_grad_norm(
@@ -80,16 +127,18 @@ def clip_grad_norm(
     max_norm: Scalar,
     norm_type: float = 2.0,
     *,
+    per: Per = None,
     nonfinite: Nonfinite = "propagate",
     norm: Scalar | None = None,
     divide_by: Scalar | None = None,
     all_reduce: AllReduce | None = None,
 ) -> Clipped[T]:
-    r"""Scale the gradients down, all by one factor, so that their global norm is at most `max_norm`.
+    r"""Scale the gradients down, each group by one factor, so that its norm is at most `max_norm`.
 
     .. math:: \mathrm{clip}(g) = g \text{ if } \|g\| \le c, \text{ else } (c / \|g\|)\, g
 
-    with c = `max_norm` (Pascanu, Mikolov, Bengio, ICML 2013). The inputs are never written to.
+    with c = `max_norm` (Pascanu, Mikolov, Bengio, ICML 2013), for all elements together, or for each group of `per`
+    by itself. The inputs are never written to.
 
     Parameters
     ----------
@@ -97,14 +146,20 @@ def clip_grad_norm(
         As in `global_norm`.
     max_norm : float or 0-d array
         c >= 0, in the units of the gradients; inf clips nothing. A bound that lives on a device or is traced is
-        not read by the host: there a negative one acts as 0, NaN gives NaN.
+        not read by the host: there a negative one acts as 0, NaN gives NaN. With `per`, one for all groups, or for each
+        one of its own: a tree prefix (``"leaf"``), or a dict with the labels as keys.
     norm_type : float, static
         p of the norm.
+    per : None, "leaf", tree of labels, or function, static
+        Which elements share a norm: all, those of each leaf, or those of the leaves that share a label. Labels (any
+        hashable) come as a tree prefix of `grads`, or by a function of a leaf's key path (``"grads['encoder'][3]"``)
+        and the leaf. Label None: left alone, not counted.
     nonfinite : {"propagate", "zero", "error"}, static
         If an element is inf or NaN: every element NaN, every leaf zeros, or `NonFiniteError`. "error" lets the
         host wait for one number; under `jax.jit` it needs `jax.experimental.checkify`.
     norm : float or 0-d array, optional
-        The norm of these gradients (after `divide_by`), if it is known already. It is trusted.
+        The norm of these gradients (after `divide_by`), if it is known already, in the form in which it comes back. It
+        is trusted.
     divide_by : float or 0-d array, optional
         Divide the gradients by this first (a loss scale, an accumulation count), at no extra pass. Positive and
         finite; one that is not, and that the host cannot see, gives NaN everywhere.
@@ -115,7 +170,7 @@ def clip_grad_norm(
     -------
     Clipped
         ``grads, norm = clip_grad_norm(...)``: the same tree, dtypes and devices; the norm before clipping,
-        after `divide_by`, as `global_norm` returns it. Where nothing is clipped, every leaf comes back
+        after `divide_by`, as `norms` gives it for this `per`. Where nothing is clipped, every leaf comes back
         bit for bit (NumPy: the very same array).
 
     Raises
@@ -125,7 +180,7 @@ def clip_grad_norm(
     NonFiniteError
         If `nonfinite` asks for it: the leaves that are not finite, with key paths and counts.
     ValueError, TypeError
-        For a bad `max_norm`, `norm_type`, `nonfinite`, `norm` or `divide_by`, before any work.
+        For a bad `max_norm`, `norm_type`, `per`, `nonfinite`, `norm`, `divide_by` or `all_reduce`, before any work.
 
     Examples
     --------
@@ -134,14 +189,11 @@ def clip_grad_norm(
     >>> grads, float(norm)
     ({'w': array([3., 4.]), 'b': None}, 10.0)
     """
-    bounds = _Bounds.checked(max_norm, norm, divide_by)
-    nonfinite, norm_type = _arguments.policy(nonfinite), _arguments.norm_type(norm_type)
-    flat = active(grads)
-    kernels = kernels_for(flat, bounds)
-    call = None if norm is not None else _arguments.shards(all_reduce, flat, norm_type, nonfinite)
-    plan = _plan(flat, kernels, law(norm_type), nonfinite, bounds, call)
-    with kernels.quiet():
-        return Clipped(flat.rebuild(kernels.scale(plan.arrays, plan.factor, plan.shift)), plan.norm)
+    given = _given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
+    with given.backend.session(given.leaves, in_place=False):
+        verdict = _settled(given)
+        leaves = given.backend.scale(given.leaves, verdict.factors, given.grouped.groups, in_place=False)
+        return Clipped(given.grouped.flat.rebuild(list(leaves)), given.grouped.norms(verdict.norms))
 
 
 def clip_grad_norm_(
@@ -150,11 +202,12 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     *,
+    per: Per = None,
     nonfinite: Nonfinite = "propagate",
     norm: Scalar | None = None,
     divide_by: Scalar | None = None,
     all_reduce: AllReduce | None = None,
-) -> Array:
+) -> Any:
     """Clip as `clip_grad_norm` does, in place; return the norm before clipping.
 
     The signature is that of `torch.nn.utils.clip_grad_norm_`, given gradients and not parameters. For arrays
@@ -168,7 +221,9 @@ def clip_grad_norm_(
     Raises
     ------
     LeafError
-        Also for a leaf that cannot be written to: a JAX array, a read-only NumPy array.
+        As `clip_grad_norm`, and for a leaf that cannot be written to: a JAX array, a read-only NumPy array.
+    NonFiniteError, ValueError, TypeError
+        As `clip_grad_norm`; ValueError also if `error_if_nonfinite` contradicts `nonfinite`. Nothing has been written.
 
     Examples
     --------
@@ -181,140 +236,74 @@ def clip_grad_norm_(
         if nonfinite not in ("propagate", "error"):
             raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
         nonfinite = "error"
-    bounds = _Bounds.checked(max_norm, norm, divide_by)
-    nonfinite, norm_type = _arguments.policy(nonfinite), _arguments.norm_type(norm_type)
+    if _arguments.flag("error_if_nonfinite", error_if_nonfinite):
+        if nonfinite not in ("propagate", "error"):
+            raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
+        nonfinite = "error"
+    given = _given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
+    refuse_unwritable(given.grouped.flat, "clip_grad_norm")
+    with given.backend.session(given.leaves, in_place=True):
+        verdict = _settled(given)
+        given.backend.scale(given.leaves, verdict.factors, given.grouped.groups, in_place=True)
+        return given.grouped.norms(verdict.norms)
+
+
+class _Given(NamedTuple):
+    """What a verb was given, checked."""
+
+    grouped: Grouped
+    backend: Backend
+    leaves: Sequence[Array]
+    norm: Norm
+    bounds: Bounds  # each a number, a 0-d array, or a list of one a group
+    nonfinite: Nonfinite
+    shards: Shards | None
+
+
+def _given(
+    grads: Tree, norm_type: float, per: Per, bounds: Bounds, nonfinite: Nonfinite, all_reduce: AllReduce | None
+) -> _Given:
+    norm_type, nonfinite = _arguments.norm_type(norm_type), _arguments.policy(nonfinite)
+    all_reduce = _arguments.all_reduce(all_reduce)
+    divide_by = None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True)
     flat = active(grads)
-    kernels = kernels_for(flat, bounds)
-    refuse_unwritable(flat, kernels, "clip_grad_norm")
-    call = None if norm is not None else _arguments.shards(all_reduce, flat, norm_type, nonfinite)
-    plan = _plan(flat, kernels, law(norm_type), nonfinite, bounds, call)
-    with kernels.quiet():
-        kernels.scale_into(kernels.distinct(plan.arrays), plan.factor, plan.shift)
-    return plan.norm
-
-
-class _Bounds(NamedTuple):
-    """The scalars of a call: each a float or a 0-d array as it comes, then a number of the kernels'."""
-
-    max_norm: Any = math.inf
-    norm: Any = None
-    divide_by: Any = None
-
-    @classmethod
-    def checked(cls, max_norm: Any, norm: Any, divide_by: Any) -> _Bounds:
-        return cls(
-            _arguments.scalar("max_norm", max_norm),
-            None if norm is None else _arguments.scalar("norm", norm, finite=False),
-            None if divide_by is None else _arguments.scalar("divide_by", divide_by, positive=True),
-        )
-
-
-class _Plan(NamedTuple):
-    """All that is known before the first element is written."""
-
-    arrays: Sequence[Array]
-    norm: Array
-    factor: Array
-    shift: Array | None
-
-
-def _plan(
-    flat: Flat,
-    kernels: Kernels,
-    p: Law,
-    nonfinite: Nonfinite,
-    bounds: _Bounds,
-    all_reduce: Call | None,
-) -> _Plan:
-    """Measure the gradients, decide on the factor, and raise if the policy asks for it."""
-    with kernels.quiet():
-        arrays = kernels.adopted(flat.values)
-        acc, home = kernels.accumulation(arrays), kernels.devices(arrays)[0]
-        if all_reduce is not None:
-            all_reduce.wide = kernels.reported(arrays) == kernels.xp.float64
-        numbers = _Bounds(*(None if x is None else kernels.argument(x, acc, home) for x in bounds))
-        decide = kernels.staged(_decide, arrays, all_reduce)
-        norm, factor, shift, root, total = decide(
-            kernels, arrays, numbers, law=p, nonfinite=nonfinite, all_reduce=all_reduce
-        )
-        if nonfinite == "error":
-            _raise_if_bad(kernels, flat, arrays, norm, root, total, all_reduce)
-    return _Plan(arrays, kernels.report(norm), factor, shift)
-
-
-def _decide(
-    kernels: Kernels,
-    arrays: Sequence[Array],
-    bounds: _Bounds,
-    *,
-    law: Law,
-    nonfinite: Nonfinite,
-    all_reduce: Call | None,
-) -> tuple[Array, Array, Array | None, Array, Array]:
-    """The policy: every row of the table of cases, as one factor. Nothing in here waits for a device."""
-    xp, acc = kernels.xp, kernels.accumulation(arrays)
-    max_norm, divisor = bounds.max_norm, bounds.divide_by
-    with kernels.on(kernels.devices(arrays)[0]):
-        if divisor is not None:
-            positive = xp.logical_and(divisor.root > 0, divisor.root < math.inf)
-            divisor = Measured(
-                xp.where(positive, divisor.root, math.nan * xp.ones_like(divisor.root)), divisor.exponent
-            )
-        if bounds.norm is None:
-            total = kernels.measure(arrays, law, acc, all_reduce)
-            norm = total if divisor is None else total.divided(xp, divisor)
-        else:  # it is the norm after the division
-            norm = bounds.norm
-            total = norm if divisor is None else norm.multiplied(xp, divisor)
-        value = norm.value(xp)
-        wide = kernels.reported(arrays) == xp.float64 or (all_reduce is not None and all_reduce.wide)
-        reported = value if wide else to_float32(xp, value)
-        one = xp.ones_like(value)
-        bound = Measured(xp.maximum(max_norm.root, 0 * one), max_norm.exponent)  # NaN stays NaN
-        # Both: a norm that was rounded up or down for the report must not make the difference.
-        clips = norm.exceeds(xp, bound)
-        clips = xp.logical_and(clips, Measured(xp.astype(reported, acc), None).exceeds(xp, bound))
-        clips = xp.logical_and(clips, xp.isfinite(total.root))
-        # c / ||g|| where it clips, else 1 / divide_by; in the other branch of each select stands a harmless 1.
-        unity = Measured(one, None)
-        factor, shift = kernels.quotient(
-            bound.where(xp, clips, unity), total.where(xp, clips, unity if divisor is None else divisor)
-        )
-        factor = xp.where(xp.isnan(bound.root), bound.root, factor)
-        root = total.root if divisor is None else xp.where(xp.isnan(divisor.root), divisor.root, total.root)
-        factor = xp.where(xp.isfinite(root), factor, (0 if nonfinite == "zero" else math.nan) * one)
-        return reported, factor, shift, root, total.root
-
-
-def _raise_if_bad(
-    kernels: Kernels,
-    flat: Flat,
-    arrays: Sequence[Array],
-    norm: Array,
-    root: Array,
-    total: Array,
-    call: Call | None,
-) -> None:
-    """Raise NonFiniteError if `root` is not finite: one number is read, and the leaves only if it is bad.
-
-    `total` is the same on all shards, so that they ask each other for culprits either all or none.
-    """
-    if kernels.is_traced([*arrays, root]):
-        for path, x in zip(flat.paths(), arrays, strict=True):
-            kernels.insist(x, path)
-        kernels.insist(root, "the global norm")
-        return
-    if math.isfinite(kernels.read(root, float)):
-        return
-    culprits = []
-    for path, x in zip(flat.paths(), arrays, strict=True):
-        nans, infs = kernels.census(x)
-        if nans or infs:
-            culprits.append(Culprit(path, f"{dtype_name(x)}, shape {tuple(x.shape)}", nans, infs))
-    shards: list[str] = []
-    if call is not None and not math.isfinite(kernels.read(total, float)):
-        shards = call.gather("\n".join(described(culprits)))
-    hint = (
-        "" if culprits or any(shards) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
+    backend_for(flat)  # what is no gradient is told before it is grouped
+    parts = grouped(flat, per)
+    flat, groups = parts.flat, parts.groups
+    bounds = Bounds(
+        _arguments.scalars("max_norm", bounds.max_norm, parts),
+        None if bounds.norm is None else _arguments.scalars("norm", bounds.norm, parts, finite=False),
+        divide_by,
     )
-    raise NonFiniteError(str(kernels.read(norm, float)), culprits, hint, shards)
+    backend = backend_for(flat, [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])])
+    leaves = backend.adopt(flat.values)
+    if bounds.norm is not None:
+        all_reduce = None  # nothing is measured
+    # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
+    fit = all(fits(name, backend.accumulation(leaves)) for name in dtype_names(leaves))
+    norm = norm_for(norm_type, binned=all_reduce is not None or not fit)
+    call = Call(norm_type, nonfinite, parts.described())
+    shards = None if all_reduce is None else Shards(all_reduce, flat, groups, call, norm.ops[-1])
+    return _Given(parts, backend, leaves, norm, bounds, nonfinite, shards)
+
+
+def _settled(given: _Given) -> Verdict:
+    """Measure, join, decide; raise if the policy asks for it. Nothing is written."""
+    backend, leaves, norm, groups, shards = given.backend, given.leaves, given.norm, given.grouped.groups, given.shards
+    home = array_api_compat.device(leaves[0]) if leaves else None
+    bounds = Bounds(
+        *(None if x is None else backend.number(x, backend.accumulation(leaves), home) for x in given.bounds)
+    )
+    partials = ()
+    if bounds.norm is None:
+        measured, join = (groups, _alone) if shards is None else (shards.measured, shards.join)
+        partials = backend.partials(leaves, norm, measured, join)
+    verdict = backend.decide(norm, partials, bounds, groups, given.nonfinite)
+    if given.nonfinite == "error":
+        raise_if_bad(backend, leaves, given.grouped.flat, verdict, shards)
+    return verdict
+
+
+def _alone(partial: Array, op: str) -> Array:
+    """The join of a shard that is all there is."""
+    return partial

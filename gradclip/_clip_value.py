@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeVar
 
 from gradclip import _arguments
-from gradclip._dispatch import active, kernels_for, refuse_complex, refuse_unwritable
-from gradclip._kernels.generic import Kernels
+from gradclip._backends.generic import Backend
+from gradclip._leaves import active, backend_for, refuse_complex, refuse_unwritable
 from gradclip._tree import Flat
 from gradclip._types import Tree
 
@@ -50,7 +50,8 @@ def clip_grad_value(grads: T, clip_value: Any) -> T:
     {'w': array([-1. ,  0.5,  2. ])}
     """
     job = _prepare(grads, clip_value)
-    return job.flat.rebuild(_clamped(job))  # type: ignore[no-any-return]
+    with job.backend.session(job.flat.values, in_place=False):
+        return job.flat.rebuild(_clamped(job))  # type: ignore[no-any-return]
 
 
 def clip_grad_value_(grads: Tree, clip_value: Any) -> None:
@@ -74,30 +75,28 @@ def clip_grad_value_(grads: Tree, clip_value: Any) -> None:
     array([-1. ,  0.5,  1. ])
     """
     job = _prepare(grads, clip_value)
-    refuse_unwritable(job.flat, job.kernels, "clip_grad_value")
-    for leaf, new in zip(job.flat.values, _clamped(job), strict=True):
-        job.kernels.write(leaf, new)
+    refuse_unwritable(job.flat, "clip_grad_value")
+    with job.backend.session(job.flat.values, in_place=True):
+        for leaf, new in zip(job.flat.values, _clamped(job), strict=True):
+            leaf[...] = new
 
 
 class _Job(NamedTuple):
     """The leaves that hold gradients, each with its checked bounds."""
 
-    kernels: Kernels
+    backend: Backend
     flat: Flat
     pairs: list[tuple[Any, Any]]
 
 
 def _prepare(grads: Tree, clip_value: Any) -> _Job:
     flat = active(grads)
-    kernels_for(flat)
+    backend_for(flat)
     refuse_complex(flat)
     pairs = _arguments.bounds(clip_value, flat)
-    return _Job(kernels_for(flat, [bound for pair in pairs for bound in pair]), flat, pairs)
+    return _Job(backend_for(flat, [bound for pair in pairs for bound in pair]), flat, pairs)
 
 
 def _clamped(job: _Job) -> list[Any]:
-    with job.kernels.quiet():
-        return [
-            job.kernels.clamped(job.kernels.adopt(leaf), low, high)
-            for leaf, (low, high) in zip(job.flat.values, job.pairs, strict=True)
-        ]
+    leaves = zip(job.backend.adopt(job.flat.values), job.pairs, strict=True)
+    return [job.backend.clamp(leaf, low, high) for leaf, (low, high) in leaves]

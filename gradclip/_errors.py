@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _SHOWN = 10
 
@@ -13,7 +13,7 @@ class LeafError(TypeError):
 
 
 class Culprit(NamedTuple):
-    """A leaf that holds non-finite elements."""
+    """A leaf that holds non-finite elements: its key path, dtype and shape, and how many NaN and inf there are."""
 
     path: str
     description: str
@@ -41,7 +41,8 @@ class NonFiniteError(FloatingPointError, RuntimeError):
 
     def __init__(self, norm: str, culprits: Sequence[Culprit], hint: str = "", shards: Sequence[str] = ()) -> None:
         self.culprits = tuple(culprits)
-        lines = [f"the gradients are not finite: their global norm is {norm}"]
+        self._given = norm, self.culprits, hint, tuple(shards)
+        lines = [f"the gradients are not finite: {norm}"]
         bad = [(rank, text) for rank, text in enumerate(shards) if text]
         for rank, text in bad[:_SHOWN]:
             lines += [f"  rank {rank} of {len(shards)}:", *(f"  {line}" for line in text.split("\n"))]
@@ -56,3 +57,6 @@ class NonFiniteError(FloatingPointError, RuntimeError):
             "or pass nonfinite='zero' or nonfinite='propagate'."
         )
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given

@@ -1,50 +1,88 @@
-"""The norms: sums of powers in bins, counts, extremes, and any other p. What their methods mean, `_law` says."""
+"""The norms: what an element contributes, how contributions join, how joined ones end. Mathematics only.
+
+A norm takes one or two passes over the data. In a pass each element contributes to a few slots (`terms`); the slots
+of a group's elements join by the pass's operation, in any order and on any number of shards; `finish` turns the
+joined slots of a group into its norm, a `Scaled` number, so that it can lie outside the range of its dtype.
+
+Three conventions make every norm safe from the first subnormal to the last finite number:
+
+- Powers of two do the scaling, so it is exact. Sums are kept in bins for big, middle and small magnitudes
+  (Blue, ACM TOMS 4, 1978; Anderson, ACM TOMS 44, 2017, Algorithm 978), with room for 2**48 elements in each.
+- The mantissa is inf or NaN exactly when some element is: finite gradients always have a finite one.
+- A leaf arrives as its real parts: `(x,)`, or `(re, im)` for a complex one, in the accumulation dtype.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Self, TypeAlias
 
-from gradclip._law import Law, Total
-from gradclip._numbers import (
-    RANGES,
-    Measured,
-    Parts,
-    hypot,
-    longest_of,
-    magnitudes,
-    moderate,
-    pick,
-    range_of,
-    rounded,
-    unit,
-)
+from gradclip._scaled import RANGES, Parts, Scaled, hypot, longest_of, magnitudes, moderate, pick, range_of, rounded, unit
 from gradclip._types import Array, Namespace, ReduceOp
+
+Seen: TypeAlias = tuple[Array, ...]
+"""The joined partials of the passes before, each with its slots along the first axis."""
+
+Terms: TypeAlias = tuple[Array | None, ...]
+"""One array a slot, of the elements' shape; None for a slot that gets nothing."""
 
 
 @dataclass(frozen=True)
-class SumNorm(Law):
-    """A root of the sum of |x|^power. Partial: the sums of small (scaled up), middle and big (scaled down) elements."""
+class Norm:
+    """A norm. `binned`: whether sums need bins, since a square or a sum may leave the range of the accumulation dtype.
+
+    That is settled once, when the norm of a call is made. A leaf whose own squares stay in the range may contribute by
+    the `plain` norm to a binned one, never the other way round.
+    """
+
+    binned: bool = True
+    ops: tuple[ReduceOp, ...] = ("sum",)
+    slots: tuple[int, ...] = (3,)
+
+    @property
+    def plain(self) -> Self:
+        return replace(self, binned=False)
+
+    def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
+        """What each element contributes to the pass after those that were `seen`, whose slots broadcast against it."""
+        raise NotImplementedError
+
+    def finish(self, xp: Namespace, joined: Seen) -> Scaled:
+        """The norms that joined partials stand for, element by element of their slots."""
+        raise NotImplementedError
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
+        """u with d||g|| = <u, dg>, and a weight: where given, <u, dg> is to be divided by its sum."""
+        raise NotImplementedError
+
+
+def identity(op: ReduceOp) -> float:
+    """What joins without effect: the slots of no elements."""
+    return math.inf if op == "min" else 0.0
+
+
+@dataclass(frozen=True)
+class SumNorm(Norm):
+    """A root of the sum of |x|^power. Slots: the sums of small (scaled up), middle and big (scaled down) elements."""
 
     power: int = 1
 
     def apart(self, parts: Parts) -> tuple[Parts, ...]:
         """The parts that make a term together, and are small or big together."""
-        raise NotImplementedError
+        return (parts,)
 
     def term(self, xp: Namespace, parts: Parts) -> Array:
         """What is added up: |x|^power of such parts."""
         raise NotImplementedError
 
-    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
-        bins = [self._bins(xp, these, total, narrow) for these in self.apart(parts)]
-        return bins[0] if len(bins) == 1 else bins[0] + bins[1]
+    def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
+        each = [self._bins(xp, these) if self.binned else (self.term(xp, these),) for these in self.apart(parts)]
+        sums = each[0] if len(each) == 1 else tuple(a + b for a, b in zip(*each, strict=True))
+        return sums if self.binned else (None, sums[0], None)
 
-    def _bins(self, xp: Namespace, parts: Parts, total: Total, narrow: bool) -> Array:
-        if narrow:
-            middle = total(self.term(xp, parts))
-            return xp.stack([xp.zeros_like(middle), middle, xp.zeros_like(middle)])
+    def _bins(self, xp: Namespace, parts: Parts) -> tuple[Array, ...]:
         r, longest = range_of(parts[0]), longest_of(xp, parts)
         zero, one = xp.zeros_like(longest), xp.ones_like(longest)
         big = xp.logical_not(longest <= (r.huge if self.power == 2 else r.huge_sum))  # NaN too
@@ -53,9 +91,9 @@ class SumNorm(Law):
         multiplier = xp.where(big, one / r.step, xp.where(small, one * r.step, one))
         term = self.term(xp, tuple(part * multiplier for part in parts))
         middle = xp.where(xp.logical_or(big, small), zero, term)
-        return xp.stack([total(xp.where(small, term, zero)), total(middle), total(xp.where(big, term, zero))])
+        return xp.where(small, term, zero), middle, xp.where(big, term, zero)
 
-    def binned(self, xp: Namespace, total: Array) -> Array:
+    def in_bins(self, xp: Namespace, total: Array) -> Array:
         """The float64 sum of the terms of float32 elements, as a partial in float32: in the bin that holds it."""
         r, zero = RANGES["float32"], xp.zeros_like(total)
         scale = r.step**self.power
@@ -78,10 +116,10 @@ class TwoNorm(SumNorm):
     def term(self, xp: Namespace, parts: Parts) -> Array:
         return parts[0] * parts[0]
 
-    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+    def finish(self, xp: Namespace, joined: Seen) -> Scaled:
         low, mid, high = joined[0][0], joined[0][1], joined[0][2]
-        if narrow:
-            return Measured(xp.sqrt(mid), None)
+        if not self.binned:
+            return Scaled(_root(xp, mid), None)
         r, zero = range_of(mid), xp.zeros_like(mid)
         is_big = xp.logical_not(high == 0)
         is_small = xp.logical_and(xp.logical_and(high == 0, mid < r.thin), low > 0)
@@ -91,83 +129,70 @@ class TwoNorm(SumNorm):
             xp.where(is_small, low + xp.where(is_small, mid * r.step, zero) * r.step, mid),
         )
         one = xp.ones_like(mid)
-        return Measured(xp.sqrt(squares), xp.where(is_big, one, xp.where(is_small, -one, zero)))
+        return Scaled(_root(xp, squares), xp.where(is_big, one, xp.where(is_small, -one, zero)))
 
-    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
-        safe = xp.where(norm.root > 0, norm.root, xp.ones_like(norm.root))
+    def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
+        safe = xp.where(norm.mantissa > 0, norm.mantissa, xp.ones_like(norm.mantissa))
         return tuple(norm.over(xp, x) / safe for x in parts), None
+
+
+def _root(xp: Namespace, squares: Array) -> Array:
+    """sqrt, whose derivative at 0 is 0 to a library that differentiates what it is given."""
+    none = squares == 0
+    return xp.where(none, squares, xp.sqrt(xp.where(none, xp.ones_like(squares), squares)))
 
 
 @dataclass(frozen=True)
 class OneNorm(SumNorm):
     """sum |x|. The small ones have a bin for XLA's sake: it may flush the rounding errors of a compensated sum."""
 
-    def apart(self, parts: Parts) -> tuple[Parts, ...]:
-        return (parts,)
-
     def term(self, xp: Namespace, parts: Parts) -> Array:
         return hypot(xp, parts)
 
-    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+    def finish(self, xp: Namespace, joined: Seen) -> Scaled:
         low, mid, high = joined[0][0], joined[0][1], joined[0][2]
-        if narrow:
-            return Measured(mid, None)
+        if not self.binned:
+            return Scaled(mid, None)
         step, one, zero = range_of(mid).step, xp.ones_like(mid), xp.zeros_like(mid)
         is_big = xp.logical_not(high == 0)
         is_small = xp.logical_and(xp.logical_and(high == 0, mid == 0), low > 0)
-        root = xp.where(is_big, high + mid / step, xp.where(is_small, low, mid + low / step))
-        return Measured(root, xp.where(is_big, one, xp.where(is_small, -one, zero)))
+        mantissa = xp.where(is_big, high + mid / step, xp.where(is_small, low, mid + low / step))
+        return Scaled(mantissa, xp.where(is_big, one, xp.where(is_small, -one, zero)))
 
-    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+    def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
         return unit(xp, parts), None
 
 
-def _badness(xp: Namespace, parts: Parts) -> Array:
-    """For each element: 2 if it is NaN, else 1 if it is infinite, else 0."""
-    out = xp.zeros_like(parts[0])
-    for part in parts:
-        bad = xp.where(xp.isnan(part), xp.full_like(part, 2.0), xp.where(xp.isinf(part), xp.ones_like(part), out))
-        out = xp.maximum(out, bad)
-    return out
-
-
-def _poisoned(xp: Namespace, root: Array, badness: Array) -> Array:
-    """`root`, or inf or NaN where `badness` says so."""
-    inf = xp.full_like(root, math.inf)
-    return xp.where(badness > 1, xp.full_like(root, math.nan), xp.where(badness > 0, inf, root))
-
-
 @dataclass(frozen=True)
-class CountNorm(Law):
-    """The number of elements that are not 0. Partial: that number, and inf or NaN from non-finite elements."""
+class CountNorm(Norm):
+    """The number of elements that are not 0. Slots: that number, and inf or NaN from non-finite elements."""
 
-    sizes: tuple[int, ...] = (2,)
+    slots: tuple[int, ...] = (2,)
 
-    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+    def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         size = longest_of(xp, parts)
         one, zero = xp.ones_like(size), xp.zeros_like(size)
-        finite = xp.isfinite(size)
-        return xp.stack([total(xp.where(size == 0, zero, one)), total(xp.where(finite, zero, size))])
+        return xp.where(size == 0, zero, one), xp.where(xp.isfinite(size), zero, size)
 
-    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
-        return Measured(joined[0][0] + joined[0][1], None)
+    def finish(self, xp: Namespace, joined: Seen) -> Scaled:
+        return Scaled(joined[0][0] + joined[0][1], None)
 
-    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+    def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
         return tuple(xp.zeros_like(x) for x in parts), None
 
 
 @dataclass(frozen=True)
-class ExtremeNorm(Law):
+class ExtremeNorm(Norm):
     """The largest (sign 1) or smallest (sign -1) magnitude.
 
-    Partial: the extreme magnitude of the middle elements, of the big ones (scaled down: |re + i im| may
-    overflow where re and im do not), and of `badness`, so that no NaN has to survive a foreign max.
+    Slots: the extreme magnitude of the middle elements; of the big ones (scaled down: |re + i im| may overflow where re
+    and im do not); how bad the worst element is (2 NaN, 1 inf, 0 finite), so that no NaN has to survive a foreign max.
     """
 
     ops: tuple[ReduceOp, ...] = ("max",)
     sign: int = 1
 
-    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+    def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         r = range_of(parts[0])
         longest = longest_of(xp, parts)
         finite = xp.isfinite(longest)
@@ -175,13 +200,16 @@ class ExtremeNorm(Law):
         high = hypot(xp, pick(xp, big, tuple(part / r.step for part in parts)))
         middle = xp.logical_and(finite, longest <= r.huge_sum)
         mid = hypot(xp, pick(xp, middle, parts))
-        bad = _badness(xp, parts)
+        bad = xp.zeros_like(mid)
+        for x in parts:
+            badness = xp.where(xp.isnan(x), 2 * xp.ones_like(x), xp.where(xp.isinf(x), xp.ones_like(x), bad))
+            bad = xp.maximum(bad, badness)
         if self.sign > 0:
-            return xp.stack([xp.max(mid), xp.max(high), xp.max(bad)])
+            return mid, high, bad
         inf = xp.full_like(mid, math.inf)
-        return xp.stack([xp.min(xp.where(middle, mid, inf)), xp.min(xp.where(big, high, inf)), xp.min(-bad)])
+        return xp.where(middle, mid, inf), xp.where(big, high, inf), -bad
 
-    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
+    def finish(self, xp: Namespace, joined: Seen) -> Scaled:
         mid, high, bad = joined[0][0], joined[0][1], self.sign * joined[0][2]
         zero, one = xp.zeros_like(mid), xp.ones_like(mid)
         if self.sign > 0:
@@ -189,33 +217,36 @@ class ExtremeNorm(Law):
         else:
             is_big = xp.logical_and(xp.isinf(mid), xp.isfinite(high))
             mid = xp.where(xp.isinf(mid), zero, mid)  # no element at all
-        root = _poisoned(xp, xp.where(is_big, high, mid), bad)
-        return Measured(root, None if narrow else xp.where(is_big, one, zero))
+        mantissa = xp.where(is_big, high, mid)
+        mantissa = xp.where(bad > 0, xp.full_like(mid, math.inf), mantissa)
+        mantissa = xp.where(bad > 1, xp.full_like(mid, math.nan), mantissa)
+        return Scaled(mantissa, xp.where(is_big, one, zero) if self.binned else None)
 
-    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
-        hit = hypot(xp, tuple(norm.over(xp, x) for x in parts)) == norm.root
+    def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
+        hit = hypot(xp, tuple(norm.over(xp, x) for x in parts)) == norm.mantissa
         weight = xp.where(hit, xp.ones_like(parts[0]), xp.zeros_like(parts[0]))
         return tuple(weight * u for u in unit(xp, parts)), weight
 
 
 @dataclass(frozen=True)
-class PowerNorm(Law):
+class PowerNorm(Norm):
     """(sum |x|^p)^(1/p) for any other p.
 
     First pass: the largest magnitude m, the smallest if p < 0. Second pass: the sum of (|x|/m)^p.
     """
 
+    slots: tuple[int, ...] = (3, 1)
     p: float = 3.0
 
     @property
     def _extreme(self) -> ExtremeNorm:
-        return ExtremeNorm(ops=("max",), sign=1) if self.p > 0 else ExtremeNorm(ops=("min",), sign=-1)
+        return ExtremeNorm(self.binned, self.ops[:1], sign=1 if self.p > 0 else -1)
 
-    def contribute(self, xp: Namespace, parts: Parts, total: Total, narrow: bool, seen: tuple[Array, ...]) -> Array:
+    def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         if not seen:
-            return self._extreme.contribute(xp, parts, total, narrow, seen)
-        pivot = self._extreme.finish(xp, seen, narrow)
-        usable = xp.logical_and(pivot.root > 0, xp.isfinite(pivot.root))
+            return self._extreme.terms(xp, parts, seen)
+        pivot = self._extreme.finish(xp, seen)
+        usable = xp.logical_and(pivot.mantissa > 0, xp.isfinite(pivot.mantissa))
         (size, i), (root, j) = magnitudes(xp, parts), pivot.split(xp)
         counts = xp.logical_and(size > 0, usable)
         one, zero = xp.ones_like(size), xp.zeros_like(size)
@@ -229,16 +260,16 @@ class PowerNorm(Law):
         k = xp.where(down, k + 1, k)
         for n in range(1, 5):
             term = term * xp.where(k <= -n, one * step**-power, one)
-        return xp.stack([total(xp.where(counts, term, zero))])
+        return (xp.where(counts, term, zero),)
 
-    def finish(self, xp: Namespace, joined: tuple[Array, ...], narrow: bool) -> Measured:
-        pivot = self._extreme.finish(xp, joined[:1], narrow)
+    def finish(self, xp: Namespace, joined: Seen) -> Scaled:
+        pivot = self._extreme.finish(xp, joined[:1])
         terms = joined[1][0]
         safe = xp.where(terms > 0, terms, xp.ones_like(terms))
         inverse = rounded(0.5 / self.p, terms)
         # 1/p is rounded; the rest of it is put back: s**(1/p) = (s**inverse)**2 * (1 + rest * log s)
         rest = float(1 / Fraction(self.p) - 2 * Fraction(inverse))
-        root, half, top = pivot.root * (1 + rest * xp.log(safe)), safe**inverse, range_of(safe).top
+        root, half, top = pivot.mantissa * (1 + rest * xp.log(safe)), safe**inverse, range_of(safe).top
         if pivot.exponent is None and 50 / abs(self.p) < 0.8 * math.log2(top):
             root, exponent = root * half * half, None
         else:
@@ -250,25 +281,25 @@ class PowerNorm(Law):
             for factor in (half, half):
                 (m, i), (n, j) = moderate(xp, root), moderate(xp, factor)
                 root, exponent = m * n, exponent + i + j
-        return Measured(xp.where(xp.isfinite(pivot.root), root, pivot.root), exponent)
+        return Scaled(xp.where(xp.isfinite(pivot.mantissa), root, pivot.mantissa), exponent)
 
-    def direction(self, xp: Namespace, parts: Parts, norm: Measured) -> tuple[Parts, Array | None]:
+    def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
         size = hypot(xp, tuple(norm.over(xp, x) for x in parts))
-        ok = xp.logical_and(size > 0, norm.root > 0)
-        ratio = size / xp.where(ok, norm.root, xp.ones_like(size))
+        ok = xp.logical_and(size > 0, norm.mantissa > 0)
+        ratio = size / xp.where(ok, norm.mantissa, xp.ones_like(size))
         slope = xp.where(ok, xp.where(ok, ratio, xp.ones_like(ratio)) ** (self.p - 1), xp.zeros_like(ratio))
         return tuple(slope * u for u in unit(xp, parts)), None
 
 
-def law(norm_type: float) -> Law:
-    """The law of the p-norm, p = `norm_type` (a float that is not NaN)."""
+def norm_for(norm_type: float, binned: bool) -> Norm:
+    """The p-norm, p = `norm_type` (a float that is not NaN)."""
     if norm_type == 2:
-        return TwoNorm()
+        return TwoNorm(binned)
     if norm_type == 1:
-        return OneNorm()
+        return OneNorm(binned)
     if norm_type == 0:
-        return CountNorm()
-    if math.isinf(norm_type):
-        return ExtremeNorm(ops=("max",) if norm_type > 0 else ("min",), sign=1 if norm_type > 0 else -1)
+        return CountNorm(binned)
     op: ReduceOp = "max" if norm_type > 0 else "min"
-    return PowerNorm(ops=(op, "sum"), sizes=(3, 1), p=norm_type)
+    if math.isinf(norm_type):
+        return ExtremeNorm(binned, (op,), sign=1 if norm_type > 0 else -1)
+    return PowerNorm(binned, (op, "sum"), p=norm_type)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sized, ValuesView
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from gradclip._types import Leaf, Tree
+from gradclip._types import Clipped, Leaf, Tree
 
 
 class Node(NamedTuple):
@@ -105,10 +106,18 @@ def _open(tree: Any) -> Node | None:
     exact = _EXACT.get(type(tree))
     if exact is not None:
         return exact(tree)
+    if isinstance(tree, Clipped):  # its norm is no gradient: the gate for leaves refuses it
+        return None
     if isinstance(tree, tuple) and hasattr(type(tree), "_fields"):
         return _sequence(tree)
     if isinstance(tree, Iterator | KeysView | ValuesView):
         children = list(tree)
+        if not children and isinstance(tree, Iterator):
+            warnings.warn(
+                "gradclip was given an iterator that gives nothing, so there is nothing to clip: was it read before?",
+                UserWarning,
+                stacklevel=2,
+            )
         return Node(_indices(children), children, list)
     registered = _registered(tree)
     if registered is not None:
@@ -152,17 +161,25 @@ class Flat:
         except TypeError:  # a dtype that is no array's
             return list(range(len(kinds)))
 
-    def rebuild(self, values: list[Any]) -> Tree:
-        """A tree like the one that came, with `values` at the leaves."""
+    def rebuild(self, values: list[Any], blank: bool = False) -> Tree:
+        """A tree like the one that came, with `values` at the leaves. `blank`: None where a leaf is not among them."""
         return _build(self._plan, iter(values))
 
     def paths(self) -> list[str]:
         """How a reader would write the way to each leaf: `grads['encoder'][3].weight`."""
         return list(_ways(self._plan, self._root))
 
-    def without(self, drop: Callable[[Any], bool]) -> Flat:
-        """The same tree, where some leaves stay as they are and are not among `values`."""
-        return _Part(self, [i for i, x in enumerate(self.values) if not drop(x)])
+    def only(self, places: list[int]) -> Flat:
+        """The same tree, where only the leaves at these places are among `values`; the others stay as they are."""
+        return self if len(places) == len(self.values) else _Part(self, places)
+
+    def spread(self, bounds: Any, name: str, is_bound: Callable[[Any], bool] = lambda x: False) -> list[Leaf]:
+        """One bound for every leaf: `bounds` is a bound, or a tree whose bounds stand for what is below.
+
+        Each comes with the path to the place where it stands in `bounds`, which is called `name`. `is_bound` tells a
+        bound that looks like a container. Raises ValueError where the two trees part, with the path.
+        """
+        return list(_spread(lasting(bounds, name), self.rebuild(self.values, blank=True), name, is_bound))
 
 
 class _Part(Flat):
@@ -170,11 +187,11 @@ class _Part(Flat):
         self.values = [whole.values[i] for i in places]
         self._whole, self._places = whole, places
 
-    def rebuild(self, values: list[Any]) -> Tree:
-        out = list(self._whole.values)
+    def rebuild(self, values: list[Any], blank: bool = False) -> Tree:
+        out = [None] * len(self._whole.values) if blank else list(self._whole.values)
         for i, value in zip(self._places, values, strict=True):
             out[i] = value
-        return self._whole.rebuild(out)
+        return self._whole.rebuild(out, blank)
 
     def paths(self) -> list[str]:
         paths = self._whole.paths()
@@ -251,21 +268,8 @@ def is_container(x: Any) -> bool:
     return x is not None and _open(x) is not None
 
 
-def spread(
-    bounds: Any, tree: Tree, name: str, is_bound: Callable[[Any], bool], is_nothing: Callable[[Any], bool]
-) -> list[Leaf]:
-    """One bound for every leaf of `tree`: `bounds` is a bound, or a tree whose bounds stand for what is below.
-
-    Each comes with the path to the place where it stands in `bounds`. `is_bound` tells a bound that looks like a
-    container, `is_nothing` a leaf that needs none. Raises ValueError where the two trees part, with the path.
-    """
-    return list(_spread(bounds, tree, name, is_bound, is_nothing))
-
-
-def _spread(
-    bound: Any, tree: Tree, path: str, is_bound: Callable[[Any], bool], is_nothing: Callable[[Any], bool]
-) -> Iterator[Leaf]:
-    if tree is None or is_nothing(tree):
+def _spread(bound: Any, tree: Tree, path: str, is_bound: Callable[[Any], bool]) -> Iterator[Leaf]:
+    if tree is None:
         return
     opened = _open(tree)
     inner = None if bound is None or is_bound(bound) else _open(bound)
@@ -275,7 +279,7 @@ def _spread(
         yield Leaf(path, bound)
     elif inner is None:
         for child in opened.children:
-            yield from _spread(bound, child, path, is_bound, is_nothing)
+            yield from _spread(bound, child, path, is_bound)
     else:
         keys, given = opened.keys(), inner.keys()
         if sorted(keys) != sorted(given):
@@ -284,7 +288,7 @@ def _spread(
             )
         below = dict(zip(given, inner.children, strict=True))
         for key, child in zip(keys, opened.children, strict=True):
-            yield from _spread(below[key], child, path + key, is_bound, is_nothing)
+            yield from _spread(below[key], child, path + key, is_bound)
 
 
 def _listed(keys: list[str]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 Array: TypeAlias = Any
@@ -24,6 +23,9 @@ ReduceOp = Literal["sum", "max", "min"]
 AllReduce = Callable[[Array, ReduceOp], Array]
 """`(partial, op) -> joined`: joins a small array with its like on other shards, element by element."""
 
+Per: TypeAlias = Any
+"""Which elements share a norm: None, "leaf", a tree prefix of labels, or a function `(key path, leaf) -> label`."""
+
 Nonfinite = Literal["propagate", "zero", "error"]
 """What happens when a gradient element is inf or NaN."""
 
@@ -31,13 +33,17 @@ T = TypeVar("T")
 
 
 class Clipped(NamedTuple, Generic[T]):
-    """What `clip_grad_norm` returns: `grads, norm = clip_grad_norm(...)`."""
+    """What `clip_grad_norm` returns: `grads, norm = clip_grad_norm(...)`.
+
+    To JAX it is a named tuple, a node of a tree: where `lax.cond`, a carry or `out_specs` wants a plain tuple, hand on
+    ``tuple(...)``. It is no tree of gradients itself: given back to gradclip, it is refused, for its norm would count.
+    """
 
     grads: T
     """The tree that went in, clipped: same containers, dtypes, devices and library."""
 
-    norm: Array
-    """The global norm before clipping (after `divide_by`), a 0-d array."""
+    norm: Any
+    """The norm before clipping (after `divide_by`): a 0-d array; with `per`, as `norms` gives it."""
 
 
 class Leaf(NamedTuple):
@@ -45,6 +51,14 @@ class Leaf(NamedTuple):
 
     path: str
     value: Any
+
+
+class Call(NamedTuple):
+    """What all shards of one call must agree on."""
+
+    norm_type: float = 2.0
+    nonfinite: Nonfinite = "propagate"
+    groups: str = "all elements"
 
 
 class Engine:
@@ -59,6 +73,9 @@ class Engine:
     telling: str = "told"
     """The name of the argument that `told` came by, for messages."""
 
+    same_program: bool = False
+    """Whether all shards run one program, and so have leaves of the same dtypes."""
+
     def kind(self, leaf: Leaf, told: Any) -> Hashable:
         """Which shards hold copies of this leaf: leaves of one kind are counted alike. Called before any work."""
         return None
@@ -71,52 +88,10 @@ class Engine:
         """The partials of all shards as one, the same on every shard. `call`: what all of them must agree on."""
         raise NotImplementedError
 
-    def gather(self, text: str) -> list[str]:
+    def gather(self, text: str, like: Array) -> list[str]:
         """The texts of all shards, by rank: only called when each of them knows that the gradients are not finite."""
         return []
 
     def __call__(self, partial: Array, op: ReduceOp) -> Array:
         """As a plain `all_reduce`."""
-        return self.join(partial, op, Call(self, ()))
-
-
-@dataclass(eq=False)
-class Call:
-    """The shards' side of one call: the engine, or a plain callable, and what it should know."""
-
-    all_reduce: AllReduce
-    kinds: Sequence[Hashable]  # one for each leaf
-    norm_type: float = 2.0
-    nonfinite: Nonfinite = "propagate"
-    wide: bool = False  # whether the norm is float64; an engine sets it where another shard's is
-
-    def __call__(self, partial: Array, op: ReduceOp) -> Array:
-        if isinstance(self.all_reduce, Engine):
-            return self.all_reduce.join(partial, op, self)
-        joined = self.all_reduce(partial, op)
-        if getattr(joined, "shape", None) != partial.shape:
-            raise _not_joined(joined, tuple(partial.shape))
-        return joined
-
-    def groups(self, leaves: Sequence[Array]) -> dict[Hashable, list[Array]]:
-        """The leaves by kind."""
-        out: dict[Hashable, list[Array]] = {}
-        for leaf, kind in zip(leaves, self.kinds, strict=True):
-            out.setdefault(kind, []).append(leaf)
-        return out
-
-    def counts(self, kind: Hashable, like: Array) -> Any:
-        return self.all_reduce.counts(kind, like) if isinstance(self.all_reduce, Engine) else True
-
-    def gather(self, text: str) -> list[str]:
-        return self.all_reduce.gather(text) if isinstance(self.all_reduce, Engine) else []
-
-
-def _not_joined(joined: Any, wanted: tuple[int, ...]) -> Exception:
-    """What to raise for something that is no joined partial. It may be traced: only type and shape are looked at."""
-    repair = "return the joined array, of the partial's shape"
-    shape = getattr(joined, "shape", None)
-    if isinstance(shape, tuple):
-        return ValueError(f"all_reduce gave an array of shape {tuple(shape)} for a partial of shape {wanted}: {repair}")
-    got = "None" if joined is None else f"an object of type {type(joined).__name__}"
-    return TypeError(f"all_reduce gave {got} for a partial of shape {wanted}: {repair}")
+        return self.join(partial, op, Call())

@@ -18,8 +18,9 @@ import exact
 import gradclip
 from backends import np_dtype
 from exact import mpmath
-from gradclip._kernels import blocks, threads
-from gradclip._kernels import numpy as kernels
+from gradclip import _threads as threads
+from gradclip._backends import numpy as kernels
+from gradclip._backends.numpy import blocks
 
 pytestmark = pytest.mark.library("numpy")
 
@@ -181,7 +182,7 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-COUNT = "from gradclip._kernels import threads; print(threads.num_threads())"
+COUNT = "from gradclip import _threads as threads; print(threads.num_threads())"
 
 
 def test_the_environment_and_the_affinity_mask_limit_the_threads():

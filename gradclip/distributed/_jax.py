@@ -18,6 +18,7 @@ class Psum(Engine):
     """See `gradclip.distributed.psum`. The kind of a leaf: the joined axes over which all devices hold copies of it."""
 
     telling = "varying"
+    same_program = True
 
     def __init__(self, axes: tuple[str, ...], varying: Tree) -> None:
         self.axes = axes

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
+from zlib import crc32
 
 import array_api_compat
 import numpy as np
 from mpi4py import MPI
 
-from gradclip._types import Array, Call, Engine, Leaf, ReduceOp, Tree
+from gradclip._types import Array, Call, ReduceOp, Tree
+from gradclip.distributed._ranks import Ranks
 
-#: A message: what all ranks must agree on, the largest float64 flag of any, then the partial, and zeros.
+#: A message: what all ranks must agree on, then the partial where it is short (one group), and zeros.
 _WIDTH = 16
-_AGREED = ("norm_type", "nonfinite", "operation", "bits of the accumulation", "length of the partial")
-_WIDE, _START = len(_AGREED), len(_AGREED) + 1
+_AGREED = ("norm_type", "nonfinite", "operation", "bits of the accumulation", "groups")
+_START = len(_AGREED)
 
 _OPS: tuple[ReduceOp, ...] = ("sum", "max", "min")
+_MPI_OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 _JOIN = (np.add, np.maximum, np.minimum)
 
 
@@ -27,11 +29,10 @@ def _merge(one: Any, two: Any, datatype: Any) -> None:
     b = np.frombuffer(two, np.float64).reshape(-1, _WIDTH)
     with np.errstate(all="ignore"):
         for x, y in zip(a, b, strict=True):
-            agreed = x[:_WIDE] == y[:_WIDE]
+            agreed = x[:_START] == y[:_START]
             if agreed.all():
                 y[_START:] = _JOIN[int(y[2])](x[_START:], y[_START:])
-            y[:_WIDE][~agreed] = np.nan
-            y[_WIDE] = max(x[_WIDE], y[_WIDE])
+            y[:_START][~agreed] = np.nan
 
 
 @lru_cache
@@ -40,10 +41,8 @@ def _message() -> tuple[Any, Any]:
     return MPI.DOUBLE.Create_contiguous(_WIDTH).Commit(), MPI.Op.Create(_merge, commute=True)
 
 
-class Mpi(Engine):
-    """See `gradclip.distributed.mpi`. The kind of a leaf: whether all ranks hold copies of it."""
-
-    telling = "replicated"
+class Mpi(Ranks):
+    """See `gradclip.distributed.mpi`."""
 
     def __init__(self, comm: Any, replicated: Tree, gpu_aware: bool) -> None:
         if not isinstance(comm, MPI.Comm):
@@ -54,54 +53,63 @@ class Mpi(Engine):
             raise ValueError(
                 "mpi got an intercommunicator, whose Allreduce gives each side the other's sum: Merge() it"
             )
-        self.comm = comm
-        self.told = replicated
+        super().__init__(comm, replicated)
         self.gpu_aware = gpu_aware
 
-    def kind(self, leaf: Leaf, told: Any) -> Hashable:
-        if not isinstance(told, bool | None):
-            raise TypeError(f"replicated says {told!r} of {leaf.path}: it must be True, False or None (False)")
-        return bool(told)
-
-    def counts(self, kind: Hashable, like: Array) -> bool:
-        return not kind or self.comm.Get_rank() == 0
+    def rank(self) -> int:
+        return int(self.comm.Get_rank())
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         xp = array_api_compat.array_namespace(partial)
         if self.gpu_aware and array_api_compat.is_cupy_array(partial):
             xp.cuda.get_current_stream().synchronize()  # MPI knows nothing of streams
             out = xp.empty_like(partial)
-            self.comm.Allreduce(partial, out, op={"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}[op])
+            self.comm.Allreduce(partial, out, op=_MPI_OPS[op])
             return out
-        header = (call.norm_type, float(call.nonfinite == "error"), _OPS.index(op), xp.finfo(partial.dtype).bits)
+        mine = np.ascontiguousarray(_on_host(partial), np.float64)
         sent, got = np.zeros(_WIDTH), np.empty(_WIDTH)
-        end = _START + partial.shape[0]
-        sent[:_START] = (*header, partial.shape[0], call.wide)
-        sent[_START:end] = _on_host(partial)
+        groups = crc32(call.groups.encode())
+        sent[:_START] = (
+            call.norm_type,
+            float(call.nonfinite == "error"),
+            _OPS.index(op),
+            xp.finfo(partial.dtype).bits,
+            groups,
+        )
+        end = _START + mine.size
+        if end <= _WIDTH:
+            sent[_START:end] = mine.reshape(-1)
         kind, merge = _message()
         self.comm.Allreduce([sent, 1, kind], [got, 1, kind], op=merge)
-        self._check(sent, got)
-        call.wide = bool(got[_WIDE])
-        return xp.asarray(got[_START:end], dtype=partial.dtype, device=array_api_compat.device(partial))
+        self._check(sent, got, call)
+        if end <= _WIDTH:
+            joined = got[_START:end].reshape(mine.shape)
+        else:  # all ranks have as many numbers to join, now that they agree
+            joined = np.empty_like(mine)
+            self.comm.Allreduce(mine, joined, op=_MPI_OPS[op])
+        return xp.asarray(joined, dtype=partial.dtype, device=array_api_compat.device(partial))
 
-    def _check(self, sent: Any, got: Any) -> None:
+    def _check(self, sent: Any, got: Any, call: Call) -> None:
         """Raise on all ranks, or on none: they all have the same `got`."""
-        split = [i for i in range(_WIDE) if np.isnan(got[i])]
+        split = [i for i in range(_START) if np.isnan(got[i])]
         if not split:
             return
-        said = self.comm.allgather([_told(i, sent[i]) for i in split])
+        said = self.comm.allgather([_told(_AGREED[i], sent[i], call) for i in split])
         names = " and ".join(_AGREED[i] for i in split)
         ranks = "; ".join(f"rank {rank}: {', '.join(texts)}" for rank, texts in enumerate(said[:16]))
         raise ValueError(f"the ranks do not agree on {names}, and nothing was clipped: {ranks}")
 
-    def gather(self, text: str) -> list[str]:
+    def gather(self, text: str, like: Array) -> list[str]:
         return list(self.comm.allgather(text))
 
 
-def _told(i: int, value: float) -> str:
-    if _AGREED[i] == "nonfinite":
+def _told(name: str, value: float, call: Call) -> str:
+    """What a rank tells of a thing that the ranks must agree on."""
+    if name == "nonfinite":
         return "'error'" if value else "another policy"
-    return _OPS[int(value)] if _AGREED[i] == "operation" else f"{value:g}"
+    if name == "groups":
+        return call.groups
+    return _OPS[int(value)] if name == "operation" else f"{value:g}"
 
 
 def _on_host(partial: Array) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import cupy
 import numpy as np
 
-from gradclip._types import Array, Call, Engine, Leaf, ReduceOp, Tree
+from gradclip._types import Array, Call, ReduceOp, Tree
+from gradclip.distributed._ranks import Ranks
 
 # From nccl.h, which keeps them stable. (cupy.cuda.nccl has them where NCCL itself is installed.)
 _UINT8, _FLOAT64 = 1, 8
@@ -17,24 +17,16 @@ _OPS = {"sum": 0, "max": 2, "min": 3}
 _TEXT = 4096  # bytes of each rank's message
 
 
-class Nccl(Engine):
-    """See `gradclip.distributed.nccl`. The kind of a leaf: whether all ranks hold copies of it."""
-
-    telling = "replicated"
+class Nccl(Ranks):
+    """See `gradclip.distributed.nccl`."""
 
     def __init__(self, comm: Any, replicated: Tree) -> None:
         if not all(callable(getattr(comm, name, None)) for name in ("allReduce", "allGather", "rank_id", "size")):
             raise TypeError(f"nccl takes a cupy.cuda.nccl.NcclCommunicator, got {comm!r} of type {type(comm).__name__}")
-        self.comm = comm
-        self.told = replicated
+        super().__init__(comm, replicated)
 
-    def kind(self, leaf: Leaf, told: Any) -> Hashable:
-        if not isinstance(told, bool | None):
-            raise TypeError(f"replicated says {told!r} of {leaf.path}: it must be True, False or None (False)")
-        return bool(told)
-
-    def counts(self, kind: Hashable, like: Array) -> bool:
-        return not kind or self.comm.rank_id() == 0
+    def rank(self) -> int:
+        return int(self.comm.rank_id())
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         if isinstance(partial, np.ndarray | np.generic):  # a rank without leaves
@@ -51,7 +43,7 @@ class Nccl(Engine):
         self.comm.allReduce(partial.data.ptr, out.data.ptr, partial.size, _FLOAT64, _OPS[op], stream)
         return out
 
-    def gather(self, text: str) -> list[str]:
+    def gather(self, text: str, like: Array) -> list[str]:
         raw = text.encode()[:_TEXT]
         sent = cupy.asarray(np.frombuffer(raw.ljust(_TEXT, b"\0"), np.uint8))
         got = cupy.empty((self.comm.size(), _TEXT), np.uint8)

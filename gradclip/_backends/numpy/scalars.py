@@ -56,7 +56,7 @@ def full_like(x: Any, value: float) -> Any:
 
 
 def astype(x: Any, dtype: Any) -> Any:
-    return dtype(x)
+    return np.dtype(dtype).type(x)
 
 
 def sqrt(x: Any) -> Any:

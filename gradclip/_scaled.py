@@ -1,4 +1,4 @@
-"""Numbers beyond the range of their dtype: `root * step**exponent`, and how to divide by them.
+"""Numbers beyond the range of their dtype: `mantissa * step**exponent`, and how to divide by them.
 
 All scaling is by powers of two, so it is exact. Every function works on arrays of any array API library, takes
 no branch, and reads nothing on the host.
@@ -50,54 +50,54 @@ def _range(dtype: Any) -> Range:
     return RANGES["float64" if "float64" in str(dtype) else "float32"]
 
 
-class Measured(NamedTuple):
-    """A number `root * step**exponent`, both 0-d in the accumulation dtype, exponent whole.
+class Scaled(NamedTuple):
+    """Numbers `mantissa * step**exponent`: two rows in the accumulation dtype, the exponents whole.
 
-    The root of a norm is inf or NaN exactly when some element of the gradients is. `exponent` None stands for 0.
+    The mantissa of a norm is inf or NaN exactly when some element of the gradients is. `exponent` None stands for 0.
     """
 
-    root: Array
+    mantissa: Array
     exponent: Array | None
 
     def split(self, xp: Namespace) -> tuple[Array, Array]:
         """The same as `(m, e)`, step**-0.5 <= m < step**0.5 unless it is 0 or not finite."""
-        m, e = moderate(xp, self.root)
+        m, e = moderate(xp, self.mantissa)
         return m, e if self.exponent is None else e + self.exponent
 
-    def multiplied(self, xp: Namespace, other: Measured) -> Measured:
+    def multiplied(self, xp: Namespace, other: Scaled) -> Scaled:
         (m, i), (n, j) = self.split(xp), other.split(xp)
-        return Measured(m * n, i + j)
+        return Scaled(m * n, i + j)
 
-    def divided(self, xp: Namespace, other: Measured) -> Measured:
+    def divided(self, xp: Namespace, other: Scaled) -> Scaled:
         if self.exponent is None and other.exponent is None:
-            return Measured(self.root / other.root, None)
+            return Scaled(self.mantissa / other.mantissa, None)
         (m, i), (n, j) = self.split(xp), other.split(xp)
-        return Measured(m / n, i - j)
+        return Scaled(m / n, i - j)
 
-    def exceeds(self, xp: Namespace, other: Measured) -> Array:
+    def exceeds(self, xp: Namespace, other: Scaled) -> Array:
         """Whether it is the larger of two numbers >= 0."""
         if self.exponent is None and other.exponent is None:
-            return self.root > other.root
+            return self.mantissa > other.mantissa
         (m, i), (n, j) = self.split(xp), other.split(xp)
         # One step decides: m and n are less than one apart.
         more, less = xp.logical_and(i > j, n > 0), xp.logical_and(i < j, n > 0)
         step, one = range_of(m).step, xp.ones_like(m)
         return m * xp.where(more, step * one, xp.where(less, one / step, one)) > n
 
-    def where(self, xp: Namespace, mask: Array, other: Measured) -> Measured:
+    def where(self, xp: Namespace, mask: Array, other: Scaled) -> Scaled:
         """This number where `mask`, else `other`."""
-        root = xp.where(mask, self.root, other.root)
+        mantissa = xp.where(mask, self.mantissa, other.mantissa)
         if self.exponent is None and other.exponent is None:
-            return Measured(root, None)
-        zero = xp.zeros_like(root)
+            return Scaled(mantissa, None)
+        zero = xp.zeros_like(mantissa)
         mine, its = (zero if x.exponent is None else x.exponent for x in (self, other))
-        return Measured(root, xp.where(mask, mine, its))
+        return Scaled(mantissa, xp.where(mask, mine, its))
 
     def value(self, xp: Namespace) -> Array:
         """The number in its own dtype, inf beyond its range."""
         if self.exponent is None:
-            return self.root
-        x, limit = self.root, range_of(self.root).top / range_of(self.root).step * 2
+            return self.mantissa
+        x, limit = self.mantissa, range_of(self.mantissa).top / range_of(self.mantissa).step * 2
         for k in range(3):  # inf where a step would overflow, without the warning
             over = xp.logical_and(self.exponent > k, x >= limit)
             x = xp.where(over, xp.full_like(x, math.inf), x) * _step(xp, x, self.exponent, k)
@@ -172,16 +172,27 @@ def to_float32(xp: Namespace, norm: Array) -> Array:
     return xp.astype(xp.where(norm >= largest + 2.0**103, inf, held), xp.float32)
 
 
-def quotient(xp: Namespace, bound: Measured, norm: Measured) -> tuple[Array, Array | None]:
-    """`bound / norm` as `(factor, shift)`, numbers with `shift * factor * shift` equal to it.
+class Factors(NamedTuple):
+    """Rows of factors: `x * shift * factor * shift` neither overflows nor loses bits unless its result does.
 
-    `x * shift * factor * shift` neither overflows nor loses bits on the way, unless its result does. `shift` is a power
-    of two, and 1 unless the quotient is not a normal number; it is None where both numbers say that this cannot matter.
+    `shift` is a power of two, and 1 unless the factor is not a normal number; None where it would be 1 throughout.
     """
+
+    factor: Array
+    shift: Array | None
+
+    @property
+    def steps(self) -> tuple[Array, ...]:
+        """What an element is multiplied by, in this order."""
+        return (self.factor,) if self.shift is None else (self.shift, self.factor, self.shift)
+
+
+def quotient(xp: Namespace, bound: Scaled, norm: Scaled) -> Factors:
+    """`bound / norm` as factors, at most the largest number."""
     q, e = bound.divided(xp, norm)
     largest = xp.full_like(q, range_of(q).largest)  # not inf: 0 * inf is NaN
     if e is None:
-        return xp.minimum(q, largest), None
+        return Factors(xp.minimum(q, largest), None)
     s, k, t = range_of(q).step, range_of(q).lift, range_of(q).shift
     plain = rescale(xp, q, e)
     one, zero = xp.ones_like(q), xp.zeros_like(e)
@@ -191,7 +202,7 @@ def quotient(xp: Namespace, bound: Measured, norm: Measured) -> tuple[Array, Arr
     steps = xp.where(large, e - 1, xp.where(e >= -1, zero, e + 2))
     shifted = rescale(xp, q * towards, steps)
     shift = xp.where(large, t * one, xp.where(small, one / t, one))
-    return xp.minimum(xp.where(xp.logical_or(small, large), shifted, plain), largest), shift
+    return Factors(xp.minimum(xp.where(xp.logical_or(small, large), shifted, plain), largest), shift)
 
 
 def host_split(value: float, step: float) -> tuple[float, float]:

@@ -16,11 +16,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from gradclip._kernels.dtypes import dtype_name
+from gradclip._dtypes import dtype_name
 from gradclip._types import Array
 
 #: Elements of a narrow dtype that are widened at once: the wide copy stays in cache.
 CHUNK = 1 << 17
+
+#: Rows are this long, or a power of two less.
+_LONGEST_ROW = 512
 
 #: A sum of float64 squares in here has lost nothing that matters: no element overflowed, and what underflowed
 #: (below 2**-511 each) adds less than 2**-60 of it, for up to 2**48 elements.
@@ -56,6 +59,47 @@ def squares(block: Array, wide: bool) -> float:
     return total if safe or (total == 0 and not block.any()) else math.nan
 
 
+def padded(n: int) -> int:
+    """How many elements `squares_of_each` makes of n."""
+    return -(-n // _LONGEST_ROW) * _LONGEST_ROW
+
+
+def squares_of_each(arrays: list[Array], wide: bool) -> list[float]:
+    """The sums of |x|^2 of small arrays of one dtype; NaN where a plain sum cannot say.
+
+    They are strung together, each with zeros up to a whole number of rows, so that no row belongs to two: one by one,
+    1,000 arrays of 1,024 float32 elements take six times as long.
+    """
+    sizes = [x.size for x in arrays]
+    lengths = [padded(n) for n in sizes]
+    dtype = arrays[0].dtype.newbyteorder("=")
+    zeros = np.zeros(_LONGEST_ROW, dtype)
+    pieces = [
+        y for x, n, m in zip(arrays, sizes, lengths, strict=True) for y in ((x, zeros[: m - n]) if m > n else (x,))
+    ]
+    block = np.concatenate(pieces, axis=None, dtype=dtype)
+    if block.dtype.kind == "c":
+        block = block.view(block.real.dtype)
+    narrow = dtype_name(block)
+    if wide and narrow != "float64":
+        block = block.astype(np.float64)
+    elif narrow in _WIDEN:
+        block = _WIDEN[narrow](block, _buffer("wide", np.float32))
+    row = _row(block.dtype.type)
+    if row:
+        sums = np.vecdot(*[block.reshape(-1, row)] * 2).astype(np.float64)
+    else:
+        row, sums = 1, np.square(block, dtype=np.float64)
+    each = block.size // sum(lengths)  # 2 for complex numbers
+    ends = np.cumsum(lengths) * each // row
+    sums = np.add.reduceat(sums, [0, *ends[:-1].tolist()])
+    low, high = _SAFE if narrow == "float64" else (np.asarray(sizes) * _SAFE_EACH, sys.float_info.max)
+    out: list[float] = sums.tolist()
+    for i in np.flatnonzero(~((sums >= low) & (sums <= high))).tolist():
+        out[i] = 0.0 if sums[i] == 0 and not arrays[i].any() else math.nan
+    return out
+
+
 def _dot_rows(x: Array) -> float:
     """The sum of squares of a 1-d float32 or float64 array: short rows in its dtype, their sums in float64.
 
@@ -81,7 +125,7 @@ def _row(kind: type) -> int:
     """
     values = np.exp2(np.linspace(0, 1, 999)).astype(kind)[:, None]  # squares of fewer bits would add up exactly
     unit = float(np.finfo(kind).eps)
-    for row in (512, 256, 128, 64):
+    for row in (_LONGEST_ROW, 256, 128, 64):
         x = np.repeat(values, row, axis=1)
         error = np.vecdot(x, x).astype(np.float64) / (np.square(values[:, 0].astype(np.longdouble)) * row) - 1
         if np.max(np.abs(error)) / 2 < 0.75 * unit:  # 0.9e-7 for float32: others are up to a tenth worse

@@ -33,3 +33,8 @@ def dtype_names(leaves: Sequence[Array]) -> set[str]:
 def _plain_name(dtype: Any) -> str:
     name = getattr(dtype, "name", None)
     return name if isinstance(name, str) else str(dtype).rsplit(".", maxsplit=1)[-1]
+
+
+def fits(name: str, acc: Any) -> bool:
+    """Whether squares of any element of that dtype stay in the range of the accumulation dtype."""
+    return COMPONENT_BITS[name] < 64 if "float64" in str(acc) else name == "float16"

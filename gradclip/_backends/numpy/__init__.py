@@ -1,0 +1,255 @@
+"""NumPy: the host sees every number, so nothing is computed or written that is not needed.
+
+The work is cut into blocks (see `blocks`), which threads share; the policy of one group runs on single numbers (see
+`scalars`). For 25 million float32 elements the norm takes 5 ms on one thread against 95 ms for the generic backend, and
+for 1,000 leaves of 1,024 elements a whole clip 1.8 ms against 46 ms (2 cores, NumPy 2.4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from gradclip._backends.generic import Backend, settled
+from gradclip._backends.numpy import scalars
+from gradclip._backends.numpy.blocks import CHUNK, blocks, multiplied, padded, pairs, squares, squares_of_each
+from gradclip._decide import Bounds, Verdict
+from gradclip._dtypes import dtype_name, dtype_names
+from gradclip._groups import Groups
+from gradclip._norms import Norm, Seen, TwoNorm
+from gradclip._scaled import Factors, Scaled
+from gradclip._threads import each, num_threads
+from gradclip._types import Array, Nonfinite
+
+#: Leaves up to here are strung together, so that a norm costs one pass of 0.1 us an element and not 2 us a leaf.
+_SMALL = 1 << 13
+
+#: What one thread takes at once, in elements; and how many there must be for a second thread to pay.
+_BLOCK = 1 << 20
+_MANY = 1 << 20
+
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
+#: So few numbers are added up in float64 before the exact sum takes over, which takes 60 ns a number.
+_FEW = 8
+
+
+class NumpyBackend(Backend):
+    """The work on `numpy.ndarray`, ml_dtypes' bfloat16 included."""
+
+    def __init__(self) -> None:
+        super().__init__(xp)
+
+    def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
+        if set(map(type, leaves)) == {np.ndarray}:
+            return leaves
+        return [x if isinstance(x, np.ndarray | np.generic) else np.asarray(x) for x in leaves]
+
+    def accumulation(self, leaves: Sequence[Array]) -> Any:
+        return np.float64
+
+    def move(self, x: Array, device: Any) -> Array:
+        return x
+
+    def number(self, value: Any, acc: Any, device: Any) -> Scaled:
+        return super().number([float(x) for x in value] if isinstance(value, list) else float(value), acc, device)
+
+    def _full(self, value: float, dtype: Any, device: Any) -> Array:
+        return np.dtype(dtype).type(value)
+
+    # -- norms ---------------------------------------------------------------------------------------------
+
+    def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
+        if not isinstance(norm, TwoNorm):
+            return super().partial(leaves, norm, groups, seen)
+        jobs = _jobs(leaves, groups)
+        sums = each(_sums, jobs, _threads(leaves, "float16", "bfloat16"))
+        known: list[list[float]] = [[] for _ in range(groups.count)]
+        rest = []
+        for job, found in zip(jobs, sums, strict=True):
+            if len(found) == 1 and found[0] == found[0]:
+                known[job.groups[0]].append(found[0])
+                continue
+            for x, group, s in zip(job.arrays, job.groups, found * (len(job.arrays) // len(found)), strict=True):
+                if s == s:
+                    known[group].append(s)
+                else:
+                    rest.append((x, group))
+        out = np.zeros((3, groups.count))
+        out[1] = [x[0] if len(x) == 1 else math.fsum(x) for x in known]
+        if rest:
+            exact: dict[int, list[Array]] = defaultdict(list)
+            for x, group in rest:
+                exact[group].append(self._contribution(x, norm, np.float64, seen))
+            for group, found in exact.items():
+                out[:, group] = self._joined([out[:, group], *found], "sum")
+        return out
+
+    def _contribution(self, leaf: Array, norm: Norm, acc: Any, seen: Seen) -> Array:
+        pieces = [super(NumpyBackend, self)._contribution(x, norm, acc, seen) for x in blocks(np.asarray(leaf), CHUNK)]
+        return self._joined(pieces, norm.ops[len(seen)])
+
+    def _total(self, x: Array, axis: int | None = None) -> Array:
+        if axis is not None:
+            return np.sum(x, axis=axis)
+        # Pairwise sums have rows of 16 in them, which for 1e5 equal elements are up to 5 units in the last place off.
+        flat = x.reshape(-1)
+        rows = flat[: flat.size - flat.size % _FEW].reshape(-1, _FEW)
+        values = [*np.sum(rows, axis=1).tolist(), *flat[rows.size :].tolist()]
+        total = sum(values)
+        return np.float64(math.fsum(values) if math.isfinite(total) else total)
+
+    # -- the policy ----------------------------------------------------------------------------------------
+
+    def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
+        wide = list(groups.wide)
+        if partials and len(partials[-1]) > norm.slots[-1]:  # other shards have said it
+            wide = (partials[-1][norm.slots[-1]] != 0).tolist()
+        if groups.count == 1:
+            single = tuple(x[:, 0] for x in partials)
+            decision, factors = settled(scalars, norm, single, bounds, wide[0], nonfinite)
+            return Verdict([np.asarray(decision.norm)], factors, decision.finite, decision.joined_finite)
+        some: Any = np.asarray(wide) if any(wide) and not all(wide) else all(wide)
+        decision, factors = settled(xp, norm, partials, bounds, some, nonfinite)
+        row = np.broadcast_to(decision.norm, (groups.count,))
+        norms = [np.asarray(x, np.float64 if w else np.float32) for x, w in zip(row, wide, strict=True)]
+        return Verdict(norms, factors, decision.finite, decision.joined_finite)
+
+    # -- clipping ------------------------------------------------------------------------------------------
+
+    def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
+        if in_place and _overlap(leaves):
+            return super().scale(leaves, factors, groups, in_place)  # what two share is scaled once, from what it was
+        factor = np.broadcast_to(factors.factor, (groups.count,))
+        shift = np.broadcast_to(1.0 if factors.shift is None else factors.shift, (groups.count,))
+        if not ((factor != 1) | (shift != 1)).any():
+            return leaves
+        single, exact = list(factor.astype(np.float32)), factor.tolist()
+        is_plain = ((shift == 1) & (factor != 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)).tolist()
+        outs = list(leaves)
+        jobs: list[_Product] = []
+        for i, (leaf, group) in enumerate(zip(leaves, groups.base, strict=True)):
+            is_wide = groups.wide[group]
+            if exact[group] == 1 and shift[group] == 1:
+                continue
+            out = leaf if in_place else np.empty_like(leaf, subok=False)
+            dtype = leaf.dtype
+            if is_plain[group]:
+                if leaf.size <= _BLOCK and (dtype == _DOUBLE or (dtype == _SINGLE and not is_wide)):
+                    np.multiply(leaf, single[group] if dtype == _SINGLE else exact[group], out)
+                elif not isinstance(leaf, np.generic) and (not is_wide or dtype.char in "dD"):
+                    jobs += (_Product(x, y, factor[group]) for x, y in pairs(leaf, out, _BLOCK))
+                else:
+                    _multiplied_wide(leaf, out, [factor[group]])
+            elif exact[group] == 0 or exact[group] != exact[group]:
+                out[...] = exact[group]
+            else:
+                _multiplied_wide(leaf, out, [x[group] for x in (shift, factor, shift)])
+            if not in_place:
+                outs[i] = out if isinstance(leaf, np.ndarray) else out.dtype.type(out[()])
+        each(_multiply, jobs, _threads(leaves, "float16"))
+        return outs
+
+    def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
+        out = super().clamp(np.asarray(leaf), low, high).astype(leaf.dtype, copy=False)
+        return leaf.dtype.type(out) if isinstance(leaf, np.generic) else out
+
+
+def _overlap(leaves: Sequence[Array]) -> bool:
+    """Whether two elements may share memory: of two leaves, as their first and last bytes say, or of one."""
+    if all(x.base is None for x in leaves):
+        return len(set(map(id, leaves))) < len(leaves)
+    spans = sorted(np.lib.array_utils.byte_bounds(x) for x in leaves if x.size)
+    return any(end > start for (_, end), (start, _) in pairwise(spans)) or any(map(_folded, leaves))
+
+
+def _folded(x: Array) -> bool:
+    """Whether elements of one array may share memory, as those of a sliding window: a stride is within shorter ones."""
+    if x.flags.forc:
+        return False
+    reach = x.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+def _threads(leaves: Sequence[Array], *alone: str) -> int:
+    """How many threads to use. `alone`: dtypes whose blocks take so many short steps that threads wait for each other's
+    interpreter lock: the norm of 25 million float16 elements took 15 ms with one, and 25 with two.
+    """
+    if sum(x.size for x in leaves) < _MANY or dtype_names(leaves).intersection(alone):
+        return 1
+    return num_threads()
+
+
+class _Job(NamedTuple):
+    """Arrays of one dtype whose squares a thread adds up at once: one sum for each, or one for all."""
+
+    arrays: list[Array]
+    groups: list[int]
+    apart: bool
+    wide: bool
+
+
+def _jobs(leaves: Sequence[Array], groups: Groups) -> list[_Job]:
+    """The leaves as jobs, each as long as one thread should take at once."""
+    jobs: list[_Job] = []
+    is_open: dict[Any, _Job] = {}
+    room: defaultdict[Any, int] = defaultdict(lambda: CHUNK)
+    apart = groups.count > 1
+    for leaf, group in zip(leaves, groups.base, strict=True):
+        n, wide = leaf.size, groups.wide[group]
+        if n > _SMALL:
+            jobs += (_Job([x], [group], False, wide) for x in blocks(np.asarray(leaf), _BLOCK))
+        elif n:
+            key = leaf.dtype, wide
+            if key not in is_open:
+                is_open[key] = _Job([], [], apart, wide)
+            job = is_open[key]
+            job.arrays.append(leaf)
+            job.groups.append(group)
+            room[key] -= padded(n) if apart else n
+            if room[key] < 2 * _SMALL:
+                jobs.append(is_open.pop(key))
+                del room[key]
+    return jobs + list(is_open.values())
+
+
+def _sums(job: _Job) -> list[float]:
+    """The sums of |x|^2, NaN where a plain sum cannot say."""
+    if job.apart and len(job.arrays) > 1:
+        return squares_of_each(job.arrays, job.wide)
+    block = job.arrays[0].reshape(-1) if len(job.arrays) == 1 else np.concatenate(job.arrays, axis=None)
+    return [squares(block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("=")), job.wide)]
+
+
+class _Product(NamedTuple):
+    """A block of a leaf that is to be multiplied."""
+
+    block: Array
+    out: Array
+    factor: Array
+
+
+def _multiply(job: _Product) -> None:
+    multiplied(job.block, job.factor, job.out)
+
+
+def _multiplied_wide(leaf: Array, out: Array, steps: Sequence[Array]) -> None:
+    """`out = leaf * steps`, the product formed in float64 or complex128 and rounded once."""
+    acc = np.dtype(np.complex128 if dtype_name(leaf).startswith("complex") else np.float64)
+    if len(steps) > 1 or dtype_name(leaf) == "bfloat16":  # bfloat16 has no ufunc loop in float64
+        product = leaf.astype(acc)
+        for step in steps:
+            product *= step
+        out[...] = product.astype(leaf.dtype)
+    else:  # the ufunc casts in blocks of its own, so that no wide copy of the leaf is made
+        np.multiply(leaf, steps[0], out=out, dtype=acc, casting="same_kind")

@@ -1,0 +1,150 @@
+"""Which leaves can be clipped, and by which backend: the gate that a leaf must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+
+from gradclip._backends.generic import Backend
+from gradclip._dtypes import COMPONENT_BITS, dtype_name
+from gradclip._errors import LeafError
+from gradclip._libraries import LIBRARIES, backend_of, can_join, immutable, is_nothing, library, unsuitable
+from gradclip._tree import Flat, flatten
+from gradclip._types import Array, Clipped, Tree
+
+#: Types and dtypes of leaves that were found to be good, and whose they are. For speed.
+_admitted: dict[tuple[type, Any], str] = {}
+
+
+def active(grads: Tree) -> Flat:
+    """The leaves of a tree that hold gradients; JAX's float0 leaves stay where they are."""
+    flat = flatten(grads)
+    if not any(is_nothing(flat.values[i]) for i in flat.samples):
+        return flat
+    return flat.only([i for i, x in enumerate(flat.values) if not is_nothing(x)])
+
+
+def backend_for(flat: Flat, scalars: Sequence[Any] = ()) -> Backend:
+    """The backend for these leaves; arrays among `scalars` have a say too.
+
+    Raises LeafError for a leaf that cannot be clipped, or when two libraries meet that cannot work together.
+    """
+    first: dict[str, int] = {}  # where each library is seen first among the leaves
+    names: dict[str, Any] = {}
+    for i in _to_check(flat):
+        name = _admit(flat, i)
+        if name not in names:
+            first[name], names[name] = i, flat.values[i]
+    for value in scalars:
+        if value is not None and not can_join(value, names):
+            names.setdefault(str(library(value)), value)
+    try:
+        return backend_of(names)
+    except ValueError:
+        one, two = (
+            f"{flat.paths()[first[name]] if name in first else 'a bound'} {verb}a {name} array"
+            for verb, name in zip(("is ", ""), list(names)[:2], strict=True)
+        )
+        raise LeafError(
+            f"{one} and {two}: they cannot be clipped as one. "
+            f"Convert one side first, or clip two trees with one norm (norm=...)"
+        ) from None
+
+
+def _to_check(flat: Flat) -> Sequence[int]:
+    """Which leaves must be looked at: where type and dtype say all, one of each kind is enough."""
+    samples = (flat.values[i] for i in flat.samples)
+    if all(_sort(x) in _admitted or library(x) in LIBRARIES for x in samples):
+        return flat.samples
+    return range(len(flat.values))
+
+
+def _admit(flat: Flat, i: int) -> str:
+    """The library of a leaf. Raises LeafError unless the leaf is a dense floating-point or complex array."""
+    x = flat.values[i]
+    known = _admitted.get(_sort(x))
+    if known is not None:
+        return known
+    name = library(x)
+    what, repair = _objection(x, name)
+    if what or name is None:
+        raise LeafError(f"{flat.paths()[i]} is {what}: {repair}")
+    if name in LIBRARIES:
+        _admitted[_sort(x)] = name
+    return name
+
+
+def _sort(x: Any) -> tuple[type, Any]:
+    return type(x), getattr(x, "dtype", None)
+
+
+def _objection(x: Any, name: str | None) -> tuple[str, str]:
+    kind = f"{type(x).__module__}.{type(x).__qualname__}"
+    if isinstance(x, bool | int | float | complex) and name is None:
+        return f"the Python number {x!r}", "make it an array, for example numpy.asarray(x, dtype='float32')"
+    if isinstance(x, Clipped):
+        return "a Clipped, what a clip has returned, and its norm is no gradient", "unpack it: grads, norm = ..."
+    if isinstance(x, type):
+        return f"the class {x.__module__}.{x.__qualname__}", "pass an array, not its class"
+    if isinstance(x, str | bytes):
+        return (
+            f"the {type(x).__name__} {x[:40]!r}",
+            "a gradient tree holds arrays; take it out, or put None there",
+        )
+    what, repair = unsuitable(x)
+    if what:
+        return what, repair
+    if name is None:
+        return (
+            f"a {kind}, which is no array of the Python array API and no container that gradclip knows",
+            "pass arrays in lists, tuples, dicts or named tuples, or register the class as a JAX pytree",
+        )
+    dtype = dtype_name(x)
+    if dtype not in COMPONENT_BITS:
+        return (
+            f"an array of dtype {dtype}",
+            f"gradients are floating point ({', '.join(COMPONENT_BITS)}): cast it, or put None in its place",
+        )
+    return "", ""
+
+
+def refuse_unwritable(flat: Flat, verb: str) -> None:
+    """Raise LeafError unless every leaf can be written in place. `verb`: the functional form's name."""
+    if all(f is not None and getattr(f, "writeable", False) and f.forc for f in map(_flags, flat.values)):
+        return
+    for objection in (immutable, _unwritable):  # among NumPy leaves beside JAX leaves, one of JAX's is named
+        for i, x in enumerate(flat.values):
+            reason = objection(x)
+            if reason:
+                raise LeafError(
+                    f"{flat.paths()[i]} {reason}, so it cannot be clipped in place: use gradclip.{verb}, "
+                    "and take the gradients that it returns"
+                )
+
+
+def _flags(x: Array) -> Any:
+    return getattr(x, "flags", None)
+
+
+def _unwritable(x: Array) -> str:
+    """Why a leaf cannot be written to; empty if it can."""
+    if not array_api_compat.is_writeable_array(x):
+        return "is a read-only array"
+    if getattr(x, "requires_grad", False) and getattr(x, "is_leaf", False):
+        return "is a variable that a gradient is taken for"
+    strides = x.stride() if hasattr(x, "stride") else getattr(x, "strides", ())
+    if 0 not in x.shape and any(s == 0 < n - 1 for n, s in zip(x.shape, strides or (), strict=False)):
+        return "has elements that share memory (a stride of 0)"
+    return ""
+
+
+def refuse_complex(flat: Flat) -> None:
+    """Raise LeafError for a complex leaf: complex numbers have no order."""
+    for i in flat.samples:
+        if dtype_name(flat.values[i]).startswith("complex"):
+            raise LeafError(
+                f"{flat.paths()[i]} is complex ({dtype_name(flat.values[i])}), and complex numbers have no order: clip "
+                "its real and imaginary parts apart, or use gradclip.clip_grad_norm"
+            )

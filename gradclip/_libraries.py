@@ -1,0 +1,137 @@
+"""Which array belongs to which library, and whose backend does its work. The one list of library names."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from gradclip._backends.generic import Backend
+from gradclip._dtypes import dtype_name
+from gradclip._types import Array
+
+
+class Library(NamedTuple):
+    """An array library that has a backend of its own, in `gradclip/_backends/<name>/`."""
+
+    name: str
+    owns: Callable[[Any], bool]
+    backend: str  # the class
+    immutable: str = ""  # where its arrays cannot be written to: what a message says of one
+
+
+LIBRARIES = {
+    "numpy": Library("numpy", array_api_compat.is_numpy_array, "NumpyBackend"),
+    "jax": Library("jax", array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
+    "cupy": Library("cupy", array_api_compat.is_cupy_array, "CupyBackend"),
+}
+
+
+def library(x: Any) -> str | None:
+    """The name of the library that `x` belongs to, None if it is no array."""
+    if type(x) is float or type(x) is int:
+        return None
+    for known in LIBRARIES.values():
+        if known.owns(x):
+            return known.name
+    if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
+        return str(array_api_compat.array_namespace(x).__name__).removeprefix("array_api_compat.").split(".")[0]
+    return None
+
+
+def immutable(x: Array) -> str:
+    """Why no array of its library can be written to; empty where they can."""
+    known = LIBRARIES.get(str(library(x)))
+    return known.immutable if known else ""
+
+
+def backend_of(names: dict[str, Any]) -> Backend:
+    """The backend that works for these libraries, each with an array of it. Raises ValueError if none works for all."""
+    if "jax" in names:
+        names.pop("numpy", None)
+    if len(names) > 1:
+        raise ValueError(f"no backend for {' and '.join(names)} at once")
+    for name, example in names.items():
+        return _own(name) if name in LIBRARIES else _generic(array_api_compat.array_namespace(example))
+    return _own("numpy")
+
+
+@lru_cache
+def _own(name: str) -> Backend:
+    backend: Backend = getattr(import_module(f"gradclip._backends.{name}"), LIBRARIES[name].backend)()
+    return backend
+
+
+@lru_cache
+def _generic(xp: Any) -> Backend:
+    return Backend(xp)
+
+
+def can_join(x: Any, names: dict[str, Any]) -> bool:
+    """Whether a 0-d array is no reason for another backend: NumPy's can be read, and JAX reads those of its own."""
+    name = library(x)
+    return name in (None, "numpy") or (name == "jax" and "numpy" in names and not _is_traced(x))
+
+
+def is_real(x: Any) -> bool:
+    """Whether an array holds real numbers, integers among them."""
+    return re.fullmatch(r"u?int\d+|b?float\d+\w*|longdouble", dtype_name(x)) is not None
+
+
+def on_host(x: Any) -> bool:
+    """Whether the host can read a bound without waiting: a Python number or a NumPy array."""
+    return isinstance(x, int | float) or library(x) == "numpy"
+
+
+def host_number(x: Any) -> float | None:
+    """A real number that the host can see (a Python number, or NumPy's), as a float; None for anything else."""
+    if isinstance(x, bool):
+        return None
+    if isinstance(x, int | float) or (library(x) == "numpy" and x.shape == () and is_real(x)):
+        try:
+            return float(x)
+        except OverflowError:  # an int beyond float64
+            return math.inf if x > 0 else -math.inf
+    return None
+
+
+def _is_traced(x: Any) -> bool:
+    core = getattr(sys.modules.get("jax"), "core", None)
+    return core is not None and isinstance(x, core.Tracer)
+
+
+def is_nothing(x: Any) -> bool:
+    """Whether a leaf holds no gradient: JAX's float0, the tangent of an integer."""
+    dtype = getattr(x, "dtype", None)
+    return getattr(dtype, "names", None) is not None and str(dtype) == "[('float0', 'V')]"
+
+
+def unsuitable(x: Any) -> tuple[str, str]:
+    """What an array of a special class is, and what to pass instead; empty for any other."""
+    kind = f"{type(x).__module__}.{type(x).__qualname__}"
+    if _is(x, "torch.nn", "Parameter"):
+        return "a torch Parameter", "pass its gradient (p.grad), or the weights would be clipped"
+    if "sparse" in kind or _is_sparse_tensor(x):
+        return f"a sparse array ({kind})", "make it dense first; its stored duplicates would spoil the norm"
+    if _is(x, "numpy.ma", "MaskedArray"):
+        return "a masked array", "fill it first (x.filled(0)), so that masked elements have a value"
+    if _is(x, "numpy", "matrix"):
+        return "a numpy.matrix", "make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
+    return "", ""
+
+
+def _is(x: Any, module: str, name: str) -> bool:
+    """isinstance without importing the library."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(x, kind)
+
+
+def _is_sparse_tensor(x: Any) -> bool:
+    layout = getattr(x, "layout", None)
+    return _is(x, "torch", "Tensor") and "strided" not in str(layout)

@@ -1,0 +1,56 @@
+"""What `nonfinite="error"` raises: which leaves are not finite, here and on the other shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from gradclip._backends.generic import Backend
+from gradclip._decide import Verdict
+from gradclip._dtypes import dtype_name
+from gradclip._errors import Culprit, NonFiniteError, described
+from gradclip._shards import Shards
+from gradclip._tree import Flat
+from gradclip._types import Array
+
+
+def raise_if_bad(
+    backend: Backend, leaves: Sequence[Array], flat: Flat, verdict: Verdict, shards: Shards | None
+) -> None:
+    """Raise NonFiniteError if a norm is not finite. A few numbers are read, and the leaves only if one is bad.
+
+    `joined_finite` is the same on all shards, so that all of them ask each other for culprits, or none; also one that
+    fails while it counts.
+    """
+
+    def named(i: int) -> str:
+        return f"{flat.paths()[i]} ({_description(leaves[i])})"
+
+    failure = None
+    try:
+        counts = backend.count_nonfinite(leaves, verdict.finite, named)
+    except Exception as error:  # out of memory, say
+        if shards is None:
+            raise
+        counts, failure = [], error
+    if counts is None:
+        return
+    culprits = [
+        Culprit(path, _description(x), *found)
+        for path, x, found in zip(flat.paths(), leaves, counts, strict=failure is None)
+        if any(found)
+    ]
+    texts: list[str] = []
+    if shards is not None and backend.count_nonfinite([], verdict.joined_finite, named) is not None:
+        mine = [f"  could not count: {failure!r}"] if failure else described(culprits)
+        texts = shards.gather("\n".join(mine), verdict.factors.factor)
+    hint = (
+        "" if culprits or any(texts) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
+    )
+    bad = [str(float(x)) for x in verdict.norms if not math.isfinite(float(x))]
+    what = f"their global norm is {verdict.norms[0]}" if len(verdict.norms) == 1 else f"{len(bad)} norms are not"
+    raise NonFiniteError(what, culprits, hint, texts) from failure
+
+
+def _description(leaf: Array) -> str:
+    return f"{dtype_name(leaf)}, shape {tuple(leaf.shape)}"

@@ -1,0 +1,30 @@
+"""What engines over numbered ranks share: leaves of which all ranks hold copies count on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from gradclip._types import Array, Engine, Leaf, Tree
+
+
+class Ranks(Engine):
+    """The kind of a leaf: whether all ranks hold copies of it."""
+
+    telling = "replicated"
+
+    def __init__(self, comm: Any, replicated: Tree) -> None:
+        self.comm = comm
+        self.told = replicated
+
+    def rank(self) -> int:
+        """The number of this rank."""
+        raise NotImplementedError
+
+    def kind(self, leaf: Leaf, told: Any) -> Hashable:
+        if not isinstance(told, bool | None):
+            raise TypeError(f"replicated says {told!r} of {leaf.path}: it must be True, False or None (False)")
+        return bool(told)
+
+    def counts(self, kind: Hashable, like: Array) -> bool:
+        return not kind or self.rank() == 0
