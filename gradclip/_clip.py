@@ -296,14 +296,9 @@ def _settled(given: _Given) -> Verdict:
     )
     partials = ()
     if bounds.norm is None:
-        measured, join = (groups, _alone) if shards is None else (shards.measured, shards.join)
+        measured, join = (groups, None) if shards is None else (shards.measured, shards.join)
         partials = backend.partials(leaves, norm, measured, join)
     verdict = backend.decide(norm, partials, bounds, groups, given.nonfinite)
     if given.nonfinite == "error":
         raise_if_bad(backend, leaves, given.grouped.flat, verdict, shards)
     return verdict
-
-
-def _alone(partial: Array, op: str) -> Array:
-    """The join of a shard that is all there is."""
-    return partial

@@ -43,7 +43,7 @@ def raise_if_bad(
     texts: list[str] = []
     if shards is not None and backend.count_nonfinite([], verdict.joined_finite, named) is not None:
         mine = [f"  could not count: {failure!r}"] if failure else described(culprits)
-        texts = shards.gather("\n".join(mine), verdict.factors.factor)
+        texts = shards.gather("\n".join(mine))
     hint = (
         "" if culprits or any(texts) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
     )

@@ -19,11 +19,23 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Self, TypeAlias
 
-from gradclip._scaled import RANGES, Parts, Scaled, hypot, longest_of, magnitudes, moderate, pick, range_of, rounded, unit
+from gradclip._scaled import (
+    RANGES,
+    Parts,
+    Scaled,
+    hypot,
+    longest_of,
+    magnitudes,
+    moderate,
+    pick,
+    range_of,
+    rounded,
+    unit,
+)
 from gradclip._types import Array, Namespace, ReduceOp
 
 Seen: TypeAlias = tuple[Array, ...]
-"""The joined partials of the passes before, each with its slots along the first axis."""
+"""The joined partials of the passes before, each indexed by its slots."""
 
 Terms: TypeAlias = tuple[Array | None, ...]
 """One array a slot, of the elements' shape; None for a slot that gets nothing."""

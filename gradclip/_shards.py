@@ -76,9 +76,9 @@ class Shards:
             raise _not_joined(joined, tuple(partial.shape))
         return joined
 
-    def gather(self, text: str, like: Array) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         """The texts of all shards, by rank."""
-        return self._all_reduce.gather(text, like) if isinstance(self._all_reduce, Engine) else []
+        return self._all_reduce.gather(text) if isinstance(self._all_reduce, Engine) else []
 
 
 def _not_joined(joined: Any, wanted: tuple[int, ...]) -> Exception:

@@ -88,7 +88,7 @@ class Engine:
         """The partials of all shards as one, the same on every shard. `call`: what all of them must agree on."""
         raise NotImplementedError
 
-    def gather(self, text: str, like: Array) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         """The texts of all shards, by rank: only called when each of them knows that the gradients are not finite."""
         return []
 

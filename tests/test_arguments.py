@@ -335,7 +335,7 @@ def test_positions_are_those_of_torch():
     assert [p.default for p in ours[1:4]] == [p.default for p in theirs]
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in ours[:4])
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[4:])
-    assert {p.name for p in ours[4:]} == {"nonfinite", "norm", "divide_by", "all_reduce"}
+    assert {p.name for p in ours[4:]} == {"per", "nonfinite", "norm", "divide_by", "all_reduce"}
     grads = numpy_grads()
     assert float(gradclip.clip_grad_norm_(grads, 6.0, math.inf, False)) == 12.0
     assert [g.tolist() for g in grads] == [[1.5, -2.0], [[6.0]]]
@@ -345,9 +345,10 @@ def test_positions_are_those_of_torch():
     ("verb", "names"),
     [
         ("global_norm", ["grads", "norm_type", "all_reduce"]),
+        ("norms", ["grads", "norm_type", "per", "all_reduce"]),
         (
             "clip_grad_norm",
-            ["grads", "max_norm", "norm_type", "nonfinite", "norm", "divide_by", "all_reduce"],
+            ["grads", "max_norm", "norm_type", "per", "nonfinite", "norm", "divide_by", "all_reduce"],
         ),
         ("clip_grad_value", ["grads", "clip_value"]),
         ("clip_grad_value_", ["grads", "clip_value"]),
@@ -356,7 +357,7 @@ def test_positions_are_those_of_torch():
 def test_signatures(verb, names):
     parameters = inspect.signature(getattr(gradclip, verb)).parameters
     assert list(parameters) == names
-    keywords = {"nonfinite", "norm", "divide_by", "all_reduce"}
+    keywords = {"per", "nonfinite", "norm", "divide_by", "all_reduce"}
     assert {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == keywords & set(names)
     if "norm_type" in names:
         assert parameters["norm_type"].default == 2.0

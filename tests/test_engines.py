@@ -145,9 +145,9 @@ NOT_JOINED = {
     "float": (lambda x: 5.0, TypeError, "an object of type float"),
     "list": (lambda x: [1.0, 2.0, 3.0], TypeError, "an object of type list"),
     "pair": (lambda x: (x, None), TypeError, "an object of type tuple"),
-    "scalar": (lambda x: x[0], ValueError, r"an array of shape \(\)"),
-    "shorter": (lambda x: x[:1], ValueError, r"an array of shape \(1,\)"),
-    "deeper": (lambda x: x[None, :], ValueError, r"an array of shape \(1, 3\)"),
+    "row": (lambda x: x[0, :], ValueError, r"an array of shape \(1,\)"),
+    "shorter": (lambda x: x[:1, :], ValueError, r"an array of shape \(1, 1\)"),
+    "deeper": (lambda x: x[None, :, :], ValueError, r"an array of shape \(1, 4, 1\)"),
 }
 
 
@@ -156,12 +156,12 @@ def test_what_comes_back_must_be_the_joined_partial(xp: Any, spoil: Any, error: 
     """Also where it is traced. A collective that works in place and returns None is the usual slip."""
 
     def all_reduce(partial: Any, op: Any) -> Any:
-        assert partial.shape == (3,)
+        assert partial.shape == (4, 1)
         return spoil(partial)
 
     x = xp.array([3.0, 4.0], "float32")
     match = (
-        rf"^all_reduce gave {got} for a partial of shape \(3,\): return the joined array, of the partial's shape(\n|$)"
+        rf"^all_reduce gave {got} for a partial of shape \(4, 1\): return the joined array, of the partial's shape(\n|$)"
     )
     with pytest.raises(error, match=match):
         xp.clip_grad_norm([x], 1.0, all_reduce=all_reduce)

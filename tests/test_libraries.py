@@ -719,11 +719,11 @@ def generic() -> Iterator[None]:
     import array_api_compat.numpy
 
     import gradclip._clip
-    from gradclip._kernels.generic import Kernels
+    from gradclip._backends.generic import Backend as Generic
 
-    kernels = Kernels(array_api_compat.numpy)
+    backend = Generic(array_api_compat.numpy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradclip._clip, "kernels_for", lambda *args: kernels)
+        patch.setattr(gradclip._clip, "backend_for", lambda *args: backend)
         yield
 
 

@@ -20,7 +20,7 @@ from backends import np_dtype
 from exact import mpmath
 from gradclip import _threads as threads
 from gradclip._backends import numpy as kernels
-from gradclip._backends.numpy import blocks
+from gradclip._backends.numpy import loops as blocks
 
 pytestmark = pytest.mark.library("numpy")
 

@@ -41,7 +41,7 @@ class Backend:
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         """The dtype that norms are summed and factors formed in: float64 where every device has it."""
         xp = self.xp
-        for device in set(map(array_api_compat.device, leaves)):
+        for device in {str(d): d for d in map(array_api_compat.device, leaves)}.values():
             if "float64" not in xp.__array_namespace_info__().dtypes(device=device, kind="real floating"):
                 return xp.float32
         return xp.float64
@@ -89,12 +89,13 @@ class Backend:
     # -- norms ---------------------------------------------------------------------------------------------
 
     def partials(
-        self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array]
+        self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array] | None
     ) -> Seen:
-        """The partial of each pass, joined with those of other shards by `join`."""
+        """The partial of each pass, joined with those of other shards by `join`; None where there are no others."""
         seen: Seen = ()
         for op in norm.ops:
-            seen += (join(self.partial(leaves, norm, groups, seen), op),)
+            found = self.partial(leaves, norm, groups, seen)
+            seen += (found if join is None else join(found, op),)
         return seen
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
@@ -161,7 +162,8 @@ class Backend:
         elif any(groups.wide) and not wide:
             like = partials[-1] if partials else bounds.norm.mantissa
             wide = self.xp.asarray(groups.wide, device=array_api_compat.device(like))
-        decision, factors = settled(self.xp, norm, partials, bounds, wide, nonfinite)
+        rows = tuple([x[k, ...] for k in range(x.shape[0])] for x in partials)
+        decision, factors = settled(self.xp, norm, rows, bounds, wide, nonfinite)
         dtypes = [self.xp.float64 if wide else self.xp.float32 for wide in groups.wide]
         norms = [self.xp.astype(_entry(decision.norm, i), dtype) for i, dtype in enumerate(dtypes)]
         return Verdict(norms, factors, decision.finite, decision.joined_finite)
@@ -178,9 +180,10 @@ class Backend:
         for leaf, group in zip(leaves, groups.base, strict=True):
             device = array_api_compat.device(leaf)
             with _on(device):
-                if (device, group) not in steps:
-                    steps[device, group] = [self.move(_entry(step, group), device) for step in factors.steps]
-                scaled.append(self._scaled(leaf, steps[device, group]))
+                place = str(device), group  # CuPy's devices have no hash
+                if place not in steps:
+                    steps[place] = [self.move(_entry(step, group), device) for step in factors.steps]
+                scaled.append(self._scaled(leaf, steps[place]))
         if in_place:
             for leaf, new in {id(x): (x, new) for x, new in zip(leaves, scaled, strict=True)}.values():
                 with _on(array_api_compat.device(leaf)):
@@ -238,8 +241,8 @@ class Backend:
         """Counted in pieces, for the memory may be full."""
         xp, counts = self.xp, [0, 0]
         with _on(array_api_compat.device(leaf)):
-            rows = max(1, _CHUNK // max(1, math.prod(leaf.shape[1:])))
-            pieces = [leaf] if not leaf.shape else (leaf[i : i + rows, ...] for i in range(0, leaf.shape[0], rows))
+            n, rows = leaf.shape[0] if leaf.shape else 1, max(1, _CHUNK // max(1, math.prod(leaf.shape[1:])))
+            pieces = [leaf] if not leaf.shape else (leaf[i : min(i + rows, n), ...] for i in range(0, n, rows))
             for piece in pieces:
                 nan = xp.isnan(piece)
                 inf = xp.logical_and(xp.isinf(piece), xp.logical_not(nan))
@@ -254,7 +257,7 @@ class Backend:
 
 
 def settled(
-    xp: Namespace, norm: Norm, partials: Seen, bounds: Bounds, wide: Any, nonfinite: Nonfinite
+    xp: Namespace, norm: Norm, partials: Sequence[Sequence[Array]], bounds: Bounds, wide: Any, nonfinite: Nonfinite
 ) -> tuple[Decision, Factors]:
     """The policy on joined partials, in any namespace."""
     norms = norm.finish(xp, partials) if partials else None

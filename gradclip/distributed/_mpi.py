@@ -99,7 +99,7 @@ class Mpi(Ranks):
         ranks = "; ".join(f"rank {rank}: {', '.join(texts)}" for rank, texts in enumerate(said[:16]))
         raise ValueError(f"the ranks do not agree on {names}, and nothing was clipped: {ranks}")
 
-    def gather(self, text: str, like: Array) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         return list(self.comm.allgather(text))
 
 

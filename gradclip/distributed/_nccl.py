@@ -43,7 +43,7 @@ class Nccl(Ranks):
         self.comm.allReduce(partial.data.ptr, out.data.ptr, partial.size, _FLOAT64, _OPS[op], stream)
         return out
 
-    def gather(self, text: str, like: Array) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         raw = text.encode()[:_TEXT]
         sent = cupy.asarray(np.frombuffer(raw.ljust(_TEXT, b"\0"), np.uint8))
         got = cupy.empty((self.comm.size(), _TEXT), np.uint8)
