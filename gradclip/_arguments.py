@@ -58,6 +58,8 @@ def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True
 
 def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> Scalar | list[Scalar]:
     """One bound for all groups, or one for each, given in the form in which their norms come back."""
+    if not is_container(value):
+        return scalar(name, value, finite=finite)
     entries = grouped.entries(value, name)
     each = [scalar(path, entry, finite=finite) for path, entry in entries]
     return each[0] if len(each) == 1 else each

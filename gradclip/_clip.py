@@ -17,7 +17,7 @@ import array_api_compat
 from gradclip import _arguments
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
-from gradclip._dtypes import dtype_names, fits
+from gradclip._dtypes import dtype_name, fits
 from gradclip._groups import Grouped, grouped
 from gradclip._leaves import active, backend_for, refuse_unwritable
 from gradclip._nonfinite import raise_if_bad
@@ -267,23 +267,29 @@ def _given(
     all_reduce = _arguments.all_reduce(all_reduce)
     divide_by = None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True)
     flat = active(grads)
-    backend_for(flat)  # what is no gradient is told before it is grouped
+    backend = backend_for(flat)  # what is no gradient is told before it is grouped
     parts = grouped(flat, per)
-    flat, groups = parts.flat, parts.groups
     bounds = Bounds(
         _arguments.scalars("max_norm", bounds.max_norm, parts),
         None if bounds.norm is None else _arguments.scalars("norm", bounds.norm, parts, finite=False),
         divide_by,
     )
-    backend = backend_for(flat, [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])])
+    arrays = [
+        x for bound in bounds for x in (bound if isinstance(bound, list) else [bound]) if not isinstance(x, float)
+    ]
+    if arrays or parts.flat is not flat:
+        flat = parts.flat
+        backend = backend_for(flat, arrays)
     leaves = backend.adopt(flat.values)
     if bounds.norm is not None:
         all_reduce = None  # nothing is measured
     # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
-    fit = all(fits(name, backend.accumulation(leaves)) for name in dtype_names(leaves))
+    fit = all(fits(dtype_name(leaves[i]), backend.accumulation(leaves)) for i in flat.samples)
     norm = norm_for(norm_type, binned=all_reduce is not None or not fit)
-    call = Call(norm_type, nonfinite, parts.described())
-    shards = None if all_reduce is None else Shards(all_reduce, flat, groups, call, norm.ops[-1])
+    shards = None
+    if all_reduce is not None:
+        call = Call(norm_type, nonfinite, parts.described())
+        shards = Shards(all_reduce, flat, parts.groups, call, norm.ops[-1])
     return _Given(parts, backend, leaves, norm, bounds, nonfinite, shards)
 
 

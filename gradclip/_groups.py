@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gradclip._dtypes import COMPONENT_BITS, dtype_name, dtype_names
+from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._tree import Flat
 from gradclip._types import Array, Leaf, Per
 
@@ -75,7 +75,7 @@ def _listed(labels: Iterable[Any]) -> str:
 def grouped(flat: Flat, per: Per) -> Grouped:
     """The groups that `per` makes of the leaves."""
     if per is None:
-        wide = any(COMPONENT_BITS[name] == 64 for name in dtype_names(flat.values))
+        wide = any(_is_wide(flat.values[i]) for i in flat.samples)
         return Grouped(flat, Groups((0,) * len(flat.values), 1, (wide,)))
     if isinstance(per, str) and per == "leaf":
         n = len(flat.values)

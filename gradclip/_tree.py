@@ -101,11 +101,18 @@ _EXACT: dict[type, Callable[[Any], Node]] = {
 }
 
 
+#: Types of leaves met before, for speed. Array types only: another class may be registered with JAX later on.
+_leaf_types: set[type] = set()
+_SIMPLE = {float, int, str, bool}
+
+
 def _open(tree: Any) -> Node | None:
     """The container `tree` one level deep, or None for a leaf."""
     exact = _EXACT.get(type(tree))
     if exact is not None:
         return exact(tree)
+    if type(tree) in _leaf_types or type(tree) in _SIMPLE:
+        return None
     if isinstance(tree, Clipped):  # its norm is no gradient: the gate for leaves refuses it
         return None
     if isinstance(tree, tuple) and hasattr(type(tree), "_fields"):
@@ -137,9 +144,6 @@ class _Inner(NamedTuple):
 
 
 _LEAF = object()
-
-#: Types of leaves met before, for speed. Array types only: another class may be registered with JAX later on.
-_leaf_types: set[type] = set()
 
 
 class Flat:

@@ -257,7 +257,7 @@ class Backend:
 
 
 def settled(
-    xp: Namespace, norm: Norm, partials: Sequence[Sequence[Array]], bounds: Bounds, wide: Any, nonfinite: Nonfinite
+    xp: Namespace, norm: Norm, partials: Seen, bounds: Bounds, wide: Any, nonfinite: Nonfinite
 ) -> tuple[Decision, Factors]:
     """The policy on joined partials, in any namespace."""
     norms = norm.finish(xp, partials) if partials else None

@@ -34,7 +34,7 @@ _SMALL = 1 << 13
 _BLOCK = 1 << 20
 _MANY = 1 << 20
 
-_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+_SINGLE, _DOUBLE, _COMPLEX = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.complex128)
 
 #: So few numbers are added up in float64 before the exact sum takes over, which takes 60 ns a number.
 _FEW = 8
@@ -58,7 +58,11 @@ class NumpyBackend(Backend):
         return x
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
-        return super().number([float(x) for x in value] if isinstance(value, list) else float(value), acc, device)
+        if not isinstance(value, list):
+            return super().number(float(value), acc, device)
+        row = np.asarray(value, np.float64)
+        subnormal = (row > 0) & (row < np.finfo(np.float64).tiny)
+        return super().number(row.tolist(), acc, device) if subnormal.any() else Scaled(row, None)
 
     def _full(self, value: float, dtype: Any, device: Any) -> Array:
         return np.dtype(dtype).type(value)
@@ -126,31 +130,28 @@ class NumpyBackend(Backend):
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
         if in_place and _overlap(leaves):
             return super().scale(leaves, factors, groups, in_place)  # what two share is scaled once, from what it was
-        factor = np.broadcast_to(factors.factor, (groups.count,))
-        shift = np.broadcast_to(1.0 if factors.shift is None else factors.shift, (groups.count,))
-        if not ((factor != 1) | (shift != 1)).any():
+        factor = _each(factors.factor, groups.count)
+        shift = _each(1.0 if factors.shift is None else factors.shift, groups.count)
+        keep = [f == 1 and s == 1 for f, s in zip(factor, shift, strict=True)]
+        if all(keep):
             return leaves
-        single, exact = list(factor.astype(np.float32)), factor.tolist()
-        is_plain = ((shift == 1) & (factor != 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)).tolist()
+        plain = [_plain_factors(f, s, w) for f, s, w in zip(factor, shift, groups.wide, strict=True)]
         outs = list(leaves)
         jobs: list[_Product] = []
         for i, (leaf, group) in enumerate(zip(leaves, groups.base, strict=True)):
-            is_wide = groups.wide[group]
-            if exact[group] == 1 and shift[group] == 1:
+            if keep[group]:
                 continue
             out = leaf if in_place else np.empty_like(leaf, subok=False)
-            dtype = leaf.dtype
-            if is_plain[group]:
-                if leaf.size <= _BLOCK and (dtype == _DOUBLE or (dtype == _SINGLE and not is_wide)):
-                    np.multiply(leaf, single[group] if dtype == _SINGLE else exact[group], out)
-                elif not isinstance(leaf, np.generic) and (not is_wide or dtype.char in "dD"):
-                    jobs += (_Product(x, y, factor[group]) for x, y in pairs(leaf, out, _BLOCK))
-                else:
-                    _multiplied_wide(leaf, out, [factor[group]])
-            elif exact[group] == 0 or exact[group] != exact[group]:
-                out[...] = exact[group]
+            by = plain[group].get(leaf.dtype)
+            if by is not None and leaf.size <= _BLOCK:
+                np.multiply(leaf, by, out)
+            elif factor[group] == 0 or factor[group] != factor[group]:
+                out[...] = factor[group]
+            elif plain[group] and not isinstance(leaf, np.generic) and (not groups.wide[group] or by is not None):
+                jobs += (_Product(x, y, factor[group]) for x, y in pairs(leaf, out, _BLOCK))
             else:
-                _multiplied_wide(leaf, out, [x[group] for x in (shift, factor, shift)])
+                steps = [factor] if plain[group] else [shift, factor, shift]
+                _multiplied_wide(leaf, out, [step[group] for step in steps])
             if not in_place:
                 outs[i] = out if isinstance(leaf, np.ndarray) else out.dtype.type(out[()])
         each(_multiply, jobs, _threads(leaves, "float16"))
@@ -203,23 +204,23 @@ def _jobs(leaves: Sequence[Array], groups: Groups) -> list[_Job]:
     """The leaves as jobs, each as long as one thread should take at once."""
     jobs: list[_Job] = []
     is_open: dict[Any, _Job] = {}
-    room: defaultdict[Any, int] = defaultdict(lambda: CHUNK)
+    room: dict[Any, int] = {}
     apart = groups.count > 1
     for leaf, group in zip(leaves, groups.base, strict=True):
-        n, wide = leaf.size, groups.wide[group]
+        n = leaf.size
         if n > _SMALL:
-            jobs += (_Job([x], [group], False, wide) for x in blocks(np.asarray(leaf), _BLOCK))
+            jobs += (_Job([x], [group], False, groups.wide[group]) for x in blocks(np.asarray(leaf), _BLOCK))
         elif n:
-            key = leaf.dtype, wide
-            if key not in is_open:
-                is_open[key] = _Job([], [], apart, wide)
-            job = is_open[key]
+            key = (leaf.dtype, groups.wide[group]) if apart else leaf.dtype
+            job = is_open.get(key)
+            if job is None:
+                job = is_open[key] = _Job([], [], apart, groups.wide[group])
+                room[key] = CHUNK
             job.arrays.append(leaf)
             job.groups.append(group)
             room[key] -= padded(n) if apart else n
-            if room[key] < 2 * _SMALL:
+            if room[key] < padded(_SMALL):
                 jobs.append(is_open.pop(key))
-                del room[key]
     return jobs + list(is_open.values())
 
 
@@ -231,12 +232,27 @@ def _sums(job: _Job) -> list[float]:
     return [squares(block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("=")), job.wide)]
 
 
+def _each(row: Any, n: int) -> list[float]:
+    """The numbers of n groups, from a row or from one number for all."""
+    if np.ndim(row) == 0:
+        return [float(row)] * n
+    return row.tolist() if len(row) == n else row.tolist() * n  # type: ignore[no-any-return]
+
+
+def _plain_factors(factor: float, shift: float, wide: bool) -> dict[Any, Array]:
+    """The factor in each dtype whose leaves are multiplied in it; nothing where it is no normal float32 number."""
+    if shift != 1 or not 2.0**-126 <= factor <= 2.0**126:
+        return {}
+    double = {_DOUBLE: np.asarray(factor), _COMPLEX: np.asarray(factor)}
+    return double if wide else {_SINGLE: np.asarray(factor, np.float32), **double}
+
+
 class _Product(NamedTuple):
     """A block of a leaf that is to be multiplied."""
 
     block: Array
     out: Array
-    factor: Array
+    factor: float
 
 
 def _multiply(job: _Product) -> None:

@@ -133,7 +133,7 @@ def _row(kind: type) -> int:
     return 0
 
 
-def multiplied(block: Array, factor: np.float64, out: Array) -> None:
+def multiplied(block: Array, factor: float, out: Array) -> None:
     """`out = block * factor`, for a factor that is a normal float32 number, and blocks of any shape and layout.
 
     The product is formed in float32 up to 32 bits, else in float64, with the factor rounded to that.
