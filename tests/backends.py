@@ -103,6 +103,9 @@ class Backend:
     def global_norm(self, grads: Any, *args: Any, **kw: Any) -> Any:
         return gradclip.global_norm(grads, *args, **kw)
 
+    def norms(self, grads: Any, norm_type: float = 2.0, **kw: Any) -> Any:
+        return gradclip.norms(grads, norm_type, **kw)
+
     def clip_grad_norm(self, grads: Any, max_norm: Any, norm_type: float = 2.0, **kw: Any) -> Any:
         return gradclip.clip_grad_norm(grads, max_norm, norm_type, **kw)
 
@@ -230,7 +233,7 @@ class JaxJit(Jax):
         return self._jitted(("norm", norm_type), f)(grads) if not kw else f(grads)
 
     def clip_grad_norm(self, grads: Any, max_norm: Any, norm_type: float = 2.0, **kw: Any) -> Any:
-        static = {k: v for k, v in kw.items() if k in ("nonfinite", "all_reduce")}
+        static = {k: v for k, v in kw.items() if k in ("nonfinite", "all_reduce", "per")}
         traced = {k: v for k, v in kw.items() if k not in static}
         if not self.x64 and isinstance(max_norm, float) and 3.4e38 < max_norm < np.inf:
             static["max_norm"] = max_norm  # jax.jit itself would make inf of it
@@ -240,7 +243,12 @@ class JaxJit(Jax):
         def f(g: Any, t: Any) -> Any:
             return gradclip.clip_grad_norm(g, norm_type=norm_type, **static, **t)
 
-        return self._jitted(("clip", norm_type, tuple(static.items())), f)(grads, traced)
+        per = static.get("per")  # it may be a tree of labels
+        key = tuple((k, repr(v) if k == "per" and not callable(per) else v) for k, v in static.items())
+        return self._jitted(("clip", norm_type, key), f)(grads, traced)
+
+    def norms(self, grads: Any, norm_type: float = 2.0, **kw: Any) -> Any:
+        return importlib.import_module("jax").jit(lambda g: gradclip.norms(g, norm_type, **kw))(grads)
 
     def clip_grad_value(self, grads: Any, clip_value: Any) -> Any:
         return importlib.import_module("jax").jit(lambda g: gradclip.clip_grad_value(g, clip_value))(grads)
