@@ -108,7 +108,7 @@ def run(settings: Settings) -> Section:
         tree = f"{line.name}, {line.sizes[0]:,} to {line.sizes[-1]:,} {line.against}"
         section.add("per call", line.fixed_us, tree=tree)
         if line.against == "leaves":
-            section.add("per leaf", line.each_us, tree=tree)
+            section.add("for each leaf", line.each_us, tree=tree)
         else:
             section.add("per element", 1e6 * line.each_us, tree=tree)
         section.notes.append(f"{tree}: no point is further than {line.worst:.0%} from the straight line")

@@ -27,7 +27,7 @@ OURS_EAGER = "gradclip, not jitted"
 OPTAX_EAGER = "optax + its norm, not jitted"
 
 Tree = dict[str, jax.Array]
-Clip = Callable[[Tree, Any], tuple[Tree, jax.Array]]
+Clip = Callable[[Tree, Any], tuple[Tree, Any]]
 
 
 def our_clip(grads: Tree, max_norm: Any) -> tuple[Tree, jax.Array]:
@@ -38,6 +38,18 @@ def our_clip(grads: Tree, max_norm: Any) -> tuple[Tree, jax.Array]:
 def optax_clip(grads: Tree, max_norm: Any) -> tuple[Tree, jax.Array]:
     clipped, _ = optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())
     return clipped, optax.tree.norm(grads)
+
+
+def our_clip_of_each(grads: Tree, max_norm: Any) -> tuple[Tree, Tree]:
+    clipped, norms = gradclip.clip_grad_norm(grads, max_norm, per="leaf")
+    return clipped, norms
+
+
+def optax_clip_of_each(grads: Tree, max_norm: Any) -> tuple[Tree, Tree]:
+    both = {name: optax_clip({name: leaf}, max_norm) for name, leaf in grads.items()}
+    return {name: clipped[name] for name, (clipped, _) in both.items()}, {
+        name: norm for name, (_, norm) in both.items()
+    }
 
 
 def fresh(clip: Clip, **options: Any) -> Any:
@@ -118,6 +130,27 @@ def compilation(model: Model, dtype: str, device: Any, settings: Settings, secti
     where = {"tree": model.name, "dtype": dtype}
     section.tables.append(Table.of(timings, OPTAX, title=title, **where))
     section.compare(timings, where, ("compile", OURS, OPTAX))
+
+
+def by_leaf(device: Any, settings: Settings, section: Section) -> None:
+    """Each leaf of 1,000 by itself."""
+    model = MODELS["small"]
+    tree = on_device(model.shapes, "float32", device)
+    clips = {OURS: fresh(our_clip_of_each), OPTAX: fresh(optax_clip_of_each)}
+    where = {"tree": model.name, "dtype": "float32"}
+    cold: dict[str, Callable[[], object]] = {
+        OURS: lambda: clips[OURS].lower(tree, 1.0).compile(),
+        OPTAX: lambda: clips[OPTAX].lower(tree, 1.0).compile(),
+    }
+    title = f"JAX on {device.device_kind}, per leaf, compilation, {model.name}"
+    timings = compete(title, cold, Effort(least_rounds=2), prepare=lambda name: jax.clear_caches(), cold=True)
+    section.tables.append(Table.of(timings, OPTAX, title=title, **where))
+    section.compare(timings, where, ("compile, per leaf", OURS, OPTAX))
+    title = f"JAX on {device.device_kind}, per leaf, {model.name}"
+    warm = {OURS: wait(lambda: clips[OURS](tree, 1.0)), OPTAX: wait(lambda: clips[OPTAX](tree, 1.0))}
+    timings = compete(title, warm, settings.effort)
+    section.tables.append(Table.of(timings, OPTAX, title=title, **where))
+    section.compare(timings, where, ("jit run, per leaf", OURS, OPTAX))
 
 
 def eager(model: Model, device: Any, settings: Settings, section: Section) -> None:
@@ -223,6 +256,10 @@ def on(device: Any, settings: Settings, section: Section) -> None:
         eager(MODELS["resnet50"], device, settings, section)
     if "small" in settings.trees:
         first_call(device, settings, section)
+        if settings.short:
+            section.not_run.append("JAX, per leaf: not in short mode")
+        else:
+            by_leaf(device, settings, section)
     name, shapes = "MLP 784-256-128-10", MODELS["mlp"].shapes
     counts = traces(our_clip, shapes, device)
     section.add("retraces", counts["same shapes"], tree=name)

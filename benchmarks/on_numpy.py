@@ -31,6 +31,7 @@ NORM = "gradclip global_norm"
 CLIP = "gradclip clip_grad_norm_"
 IDLE = "gradclip clip_grad_norm_, nothing to clip"
 FUNCTIONAL = "gradclip clip_grad_norm"
+EACH = "gradclip clip_grad_norm_, per leaf"
 
 
 class Gradients:
@@ -48,17 +49,26 @@ class Gradients:
         self.leaves = list(self.tree.values())
         self.flat = [leaf.reshape(-1) for leaf in self.leaves]
         self._kept = [leaf.copy() for leaf in self.leaves]
-        self.norm = math.sqrt(sum(_sum_of_squares(leaf) for leaf in self.flat))
+        squares = [_sum_of_squares(leaf) for leaf in self.flat]
+        self.norm = math.sqrt(sum(squares))
+        self._least = math.sqrt(min(squares))  # the norm of a leaf
         self._bound = self.norm / 2
+        self._bound_of_each = self._least / 2
 
     def restore(self) -> None:
         for leaf, kept in zip(self.leaves, self._kept, strict=True):
             np.copyto(leaf, kept)
         self._bound = self.norm / 2
+        self._bound_of_each = self._least / 2
 
     def bound(self) -> float:
         self._bound *= self.step
         return self._bound
+
+    def bound_of_each(self) -> float:
+        """A bound that clips every leaf by itself."""
+        self._bound_of_each *= self.step
+        return self._bound_of_each
 
     def idle_bound(self) -> float:
         return 2 * self.norm
@@ -142,6 +152,7 @@ def ours(g: Gradients) -> dict[str, Callable[[], object]]:
         CLIP: lambda: gradclip.clip_grad_norm_(g.tree, g.bound()),
         IDLE: lambda: gradclip.clip_grad_norm_(g.tree, g.idle_bound()),
         FUNCTIONAL: lambda: gradclip.clip_grad_norm(g.tree, g.bound()),
+        EACH: lambda: gradclip.clip_grad_norm_(g.tree, g.bound_of_each(), per="leaf"),
     }
 
 
@@ -167,6 +178,9 @@ def contest(model: Model, settings: Settings, section: Section) -> None:
         section.compare(
             timings, where, ("idle", IDLE, READ), ("idle, torch", IDLE, TORCH_IDLE, TORCH_IDLE + ONE_THREAD)
         )
+        section.compare(timings, where, ("per leaf", EACH, CLIP))
+    if model is MODELS["small"]:
+        section.compare(timings, where, ("per leaf, small", EACH, CLIP))
     for key in ("small", "mlp"):
         if model is MODELS[key]:
             section.compare(timings, where, (key, CLIP, TORCH, TORCH + ONE_THREAD))
