@@ -35,6 +35,7 @@ def _plain_name(dtype: Any) -> str:
     return name if isinstance(name, str) else str(dtype).rsplit(".", maxsplit=1)[-1]
 
 
+@lru_cache(64, typed=True)
 def fits(name: str, acc: Any) -> bool:
     """Whether squares of any element of that dtype stay in the range of the accumulation dtype."""
     return COMPONENT_BITS[name] < 64 if "float64" in str(acc) else name == "float16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
@@ -76,7 +77,7 @@ def grouped(flat: Flat, per: Per) -> Grouped:
     """The groups that `per` makes of the leaves."""
     if per is None:
         wide = any(_is_wide(flat.values[i]) for i in flat.samples)
-        return Grouped(flat, Groups((0,) * len(flat.values), 1, (wide,)))
+        return Grouped(flat, _one_group(len(flat.values), wide))
     if isinstance(per, str) and per == "leaf":
         n = len(flat.values)
         return Grouped(flat, Groups(tuple(range(n)), n, tuple(map(_is_wide, flat.values))), by_leaf=True)
@@ -91,6 +92,11 @@ def grouped(flat: Flat, per: Per) -> Grouped:
     base = tuple(number[label] for label in found if label is not None)
     has_wide = {group for group, x in zip(base, flat.values, strict=True) if _is_wide(x)}
     return Grouped(flat, Groups(base, len(labels), tuple(i in has_wide for i in range(len(labels)))), labels)
+
+
+@lru_cache
+def _one_group(n: int, wide: bool) -> Groups:
+    return Groups((0,) * n, 1, (wide,))
 
 
 def _is_wide(leaf: Array) -> bool:

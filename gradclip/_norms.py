@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Self, TypeAlias
 
 from gradclip._scaled import (
@@ -303,6 +304,7 @@ class PowerNorm(Norm):
         return tuple(slope * u for u in unit(xp, parts)), None
 
 
+@lru_cache(256)
 def norm_for(norm_type: float, binned: bool) -> Norm:
     """The p-norm, p = `norm_type` (a float that is not NaN)."""
     if norm_type == 2:

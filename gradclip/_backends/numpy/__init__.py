@@ -8,7 +8,6 @@ for 1,000 leaves of 1,024 elements a whole clip 1.8 ms against 46 ms (2 cores, N
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -73,26 +72,23 @@ class NumpyBackend(Backend):
         if not isinstance(norm, TwoNorm):
             return super().partial(leaves, norm, groups, seen)
         jobs = _jobs(leaves, groups)
-        sums = each(_sums, jobs, _threads(leaves, "float16", "bfloat16"))
+        columns: list[list[Array]] = [[] for _ in range(groups.count)]
         known: list[list[float]] = [[] for _ in range(groups.count)]
-        rest = []
+        sums = each(_sums, jobs, _threads(leaves, "float16", "bfloat16"))
         for job, found in zip(jobs, sums, strict=True):
-            if len(found) == 1 and found[0] == found[0]:
-                known[job.groups[0]].append(found[0])
+            if len(found) == 1 and found[0] == found[0]:  # one sum for all arrays
+                known[job.groups[0]] += found
                 continue
             for x, group, s in zip(job.arrays, job.groups, found * (len(job.arrays) // len(found)), strict=True):
                 if s == s:
                     known[group].append(s)
                 else:
-                    rest.append((x, group))
+                    columns[group].append(self._contribution(x, norm, np.float64, seen))
         out = np.zeros((3, groups.count))
         out[1] = [x[0] if len(x) == 1 else math.fsum(x) for x in known]
-        if rest:
-            exact: dict[int, list[Array]] = defaultdict(list)
-            for x, group in rest:
-                exact[group].append(self._contribution(x, norm, np.float64, seen))
-            for group, found in exact.items():
-                out[:, group] = self._joined([out[:, group], *found], "sum")
+        for group, column in enumerate(columns):
+            if column:
+                out[:, group] = self._joined([out[:, group], *column], "sum")
         return out
 
     def _contribution(self, leaf: Array, norm: Norm, acc: Any, seen: Seen) -> Array:
@@ -137,7 +133,7 @@ class NumpyBackend(Backend):
             return leaves
         plain = [_plain_factors(f, s, w) for f, s, w in zip(factor, shift, groups.wide, strict=True)]
         outs = list(leaves)
-        jobs: list[_Product] = []
+        jobs: list[tuple[Array, float, Array]] = []
         for i, (leaf, group) in enumerate(zip(leaves, groups.base, strict=True)):
             if keep[group]:
                 continue
@@ -148,13 +144,13 @@ class NumpyBackend(Backend):
             elif factor[group] == 0 or factor[group] != factor[group]:
                 out[...] = factor[group]
             elif plain[group] and not isinstance(leaf, np.generic) and (not groups.wide[group] or by is not None):
-                jobs += (_Product(x, y, factor[group]) for x, y in pairs(leaf, out, _BLOCK))
+                jobs += ((x, factor[group], y) for x, y in pairs(leaf, out, _BLOCK))
             else:
                 steps = [factor] if plain[group] else [shift, factor, shift]
                 _multiplied_wide(leaf, out, [step[group] for step in steps])
             if not in_place:
                 outs[i] = out if isinstance(leaf, np.ndarray) else out.dtype.type(out[()])
-        each(_multiply, jobs, _threads(leaves, "float16"))
+        each(lambda job: multiplied(*job), jobs, _threads(leaves, "float16"))
         return outs
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
@@ -229,7 +225,7 @@ def _sums(job: _Job) -> list[float]:
     if job.apart and len(job.arrays) > 1:
         return squares_of_each(job.arrays, job.wide)
     block = job.arrays[0].reshape(-1) if len(job.arrays) == 1 else np.concatenate(job.arrays, axis=None)
-    return [squares(block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("=")), job.wide)]
+    return [squares(block.astype(block.dtype.newbyteorder("="), copy=False), job.wide)]
 
 
 def _each(row: Any, n: int) -> list[float]:
@@ -245,18 +241,6 @@ def _plain_factors(factor: float, shift: float, wide: bool) -> dict[Any, Array]:
         return {}
     double = {_DOUBLE: np.asarray(factor), _COMPLEX: np.asarray(factor)}
     return double if wide else {_SINGLE: np.asarray(factor, np.float32), **double}
-
-
-class _Product(NamedTuple):
-    """A block of a leaf that is to be multiplied."""
-
-    block: Array
-    out: Array
-    factor: float
-
-
-def _multiply(job: _Product) -> None:
-    multiplied(job.block, job.factor, job.out)
 
 
 def _multiplied_wide(leaf: Array, out: Array, steps: Sequence[Array]) -> None:

@@ -29,9 +29,9 @@ _LONGEST_ROW = 512
 #: (below 2**-511 each) adds less than 2**-60 of it, for up to 2**48 elements.
 _SAFE = (2.0**-900, 2.0**1000)
 
-#: Underflow takes at most 2**-126 from a float32 square (where the processor flushes): less than 2**-26 of a sum of n
-#: of them that is at least n times this.
-_SAFE_EACH = 2.0**-100
+#: Underflow takes at most 2**-126 from a float32 square (where the processor flushes), 2**-125 from a complex one: less
+#: than 2**-26 of a sum of n of them that is at least n times this.
+_SAFE_EACH = 2.0**-99
 
 _scratch = threading.local()
 
@@ -41,22 +41,13 @@ def squares(block: Array, wide: bool) -> float:
 
     `wide`: as exact as float64 can be, whatever the dtype of the block.
     """
-    if block.dtype.kind == "c":
-        block = np.ascontiguousarray(block).view(block.real.dtype)
-    kind = dtype_name(block)
-    if wide and kind != "float64":
-        chunks = (block[start : start + CHUNK] for start in range(0, block.size, CHUNK))
-        total = sum(_dot_rows(chunk.astype(np.float64)) for chunk in chunks)
-        return total if total < math.inf else math.nan
-    if kind in _WIDEN:
-        widen, room = _WIDEN[kind], _buffer("wide", np.float32)
-        chunks = (block[start : start + CHUNK] for start in range(0, block.size, CHUNK))
-        total = sum(_dot_rows(widen(chunk, room)) for chunk in chunks)
+    numbers = _real(block)
+    if numbers.dtype.type in (np.float32, np.float64)[wide:]:
+        total = _dot_rows(numbers)
     else:
-        total = _dot_rows(block)
-    low, high = _SAFE if kind == "float64" else (block.size * _SAFE_EACH, sys.float_info.max)
-    safe = low <= total <= high
-    return total if safe or (total == 0 and not block.any()) else math.nan
+        starts = range(0, numbers.size, CHUNK)
+        total = sum(_dot_rows(_widened(numbers[start : start + CHUNK], wide)) for start in starts)
+    return _trusted([total], [block])[0]
 
 
 def padded(n: int) -> int:
@@ -65,39 +56,46 @@ def padded(n: int) -> int:
 
 
 def squares_of_each(arrays: list[Array], wide: bool) -> list[float]:
-    """The sums of |x|^2 of small arrays of one dtype; NaN where a plain sum cannot say.
+    """`squares` of small arrays of one dtype.
 
     They are strung together, each with zeros up to a whole number of rows, so that no row belongs to two: one by one,
     1,000 arrays of 1,024 float32 elements take six times as long.
     """
-    sizes = [x.size for x in arrays]
-    lengths = [padded(n) for n in sizes]
     dtype = arrays[0].dtype.newbyteorder("=")
     zeros = np.zeros(_LONGEST_ROW, dtype)
-    pieces = [
-        y for x, n, m in zip(arrays, sizes, lengths, strict=True) for y in ((x, zeros[: m - n]) if m > n else (x,))
-    ]
-    block = np.concatenate(pieces, axis=None, dtype=dtype)
-    if block.dtype.kind == "c":
-        block = block.view(block.real.dtype)
-    narrow = dtype_name(block)
-    if wide and narrow != "float64":
-        block = block.astype(np.float64)
-    elif narrow in _WIDEN:
-        block = _WIDEN[narrow](block, _buffer("wide", np.float32))
+    rest = [-x.size % _LONGEST_ROW for x in arrays]
+    pieces = [piece for x, n in zip(arrays, rest, strict=True) for piece in ((x, zeros[:n]) if n else (x,))]
+    block = _widened(_real(np.concatenate(pieces, axis=None, dtype=dtype)), wide)
     row = _row(block.dtype.type)
-    if row:
-        sums = np.vecdot(*[block.reshape(-1, row)] * 2).astype(np.float64)
+    sums = _of_rows(block, row) if row else np.square(block, dtype=np.float64)
+    ends = np.cumsum([x.size + n for x, n in zip(arrays, rest, strict=True)])
+    starts = [0, *(ends[:-1] * sums.size // ends[-1]).tolist()]
+    return _trusted(np.add.reduceat(sums, starts).tolist(), arrays)
+
+
+def _real(block: Array) -> Array:
+    """The same numbers, complex ones as two real ones."""
+    return np.ascontiguousarray(block).view(block.real.dtype) if block.dtype.kind == "c" else block
+
+
+def _widened(numbers: Array, wide: bool) -> Array:
+    """Real numbers in a dtype that can be added up in rows: at most a chunk of those that must be cast."""
+    if wide:
+        return numbers.astype(np.float64, copy=False)
+    widen = _WIDEN.get(dtype_name(numbers))
+    return numbers if widen is None else widen(numbers, _buffer("wide", np.float32))
+
+
+def _trusted(sums: list[float], arrays: list[Array]) -> list[float]:
+    """The sums, NaN in place of one outside the range in which a plain sum has lost nothing."""
+    if dtype_name(arrays[0]) in ("float64", "complex128"):
+        low, high, each = *_SAFE, 0.0
     else:
-        row, sums = 1, np.square(block, dtype=np.float64)
-    each = block.size // sum(lengths)  # 2 for complex numbers
-    ends = np.cumsum(lengths) * each // row
-    sums = np.add.reduceat(sums, [0, *ends[:-1].tolist()])
-    low, high = _SAFE if narrow == "float64" else (np.asarray(sizes) * _SAFE_EACH, sys.float_info.max)
-    out: list[float] = sums.tolist()
-    for i in np.flatnonzero(~((sums >= low) & (sums <= high))).tolist():
-        out[i] = 0.0 if sums[i] == 0 and not arrays[i].any() else math.nan
-    return out
+        low, high, each = 0.0, sys.float_info.max, _SAFE_EACH
+    return [
+        s if max(low, each * x.size) <= s <= high or (s == 0 and not x.any()) else math.nan
+        for s, x in zip(sums, arrays, strict=True)
+    ]
 
 
 def _dot_rows(x: Array) -> float:
@@ -111,10 +109,13 @@ def _dot_rows(x: Array) -> float:
     whole = x.size - x.size % row
     rest = x[whole:]
     total = float(np.dot(rest, rest))
-    if whole:
-        rows = x[:whole].reshape(-1, row)
-        total += float(np.add.reduce(np.vecdot(rows, rows), dtype=np.float64))
-    return total
+    return total + float(np.add.reduce(_of_rows(x[:whole], row))) if whole else total
+
+
+def _of_rows(x: Array, row: int) -> Array:
+    """The sums of squares of whole rows, each made in the dtype of `x`."""
+    rows = x.reshape(-1, row)
+    return np.vecdot(rows, rows).astype(np.float64, copy=False)
 
 
 @lru_cache
