@@ -20,19 +20,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Self, TypeAlias
 
-from gradclip._scaled import (
-    RANGES,
-    Parts,
-    Scaled,
-    hypot,
-    longest_of,
-    magnitudes,
-    moderate,
-    pick,
-    range_of,
-    rounded,
-    unit,
-)
+from gradclip._parts import Parts, hypot, longest_of, pick, unit
+from gradclip._scaled import RANGES, Scaled, magnitudes, moderate, range_of, rounded
 from gradclip._types import Array, Namespace, ReduceOp
 
 Seen: TypeAlias = tuple[Array, ...]

@@ -19,7 +19,8 @@ from gradclip._decide import Bounds, Decision, Verdict, decide
 from gradclip._dtypes import dtype_name
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen, identity
-from gradclip._scaled import RANGES, Factors, Parts, Scaled, host_split, moderate, quotient
+from gradclip._parts import Parts
+from gradclip._scaled import RANGES, Factors, Scaled, host_split, moderate, quotient
 from gradclip._types import Array, Namespace, Nonfinite, ReduceOp
 
 _ROW = 128
