@@ -19,6 +19,7 @@ import pytest
 import exact
 import gradclip
 from backends import MISSING, map_tree
+from devices import host, on
 
 pytestmark = [
     pytest.mark.library("cupy"),
@@ -64,16 +65,6 @@ def counted(counter: Any, numbers_read: int = 0) -> Iterator[None]:
 def two_devices() -> None:
     if cupy.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("needs two devices")
-
-
-def host(x: Any) -> np.ndarray:
-    with x.device:
-        return x.get()
-
-
-def on(device: int, x: np.ndarray) -> Any:
-    with cupy.cuda.Device(device):
-        return cupy.array(x)
 
 
 def check_like(got: Any, leaf: Any) -> None:

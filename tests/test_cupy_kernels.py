@@ -17,6 +17,7 @@ from test_cupy import counter, two_devices  # noqa: F401
 import exact
 import gradclip
 from backends import MISSING, np_dtype
+from devices import host, on
 
 pytestmark = [
     pytest.mark.library("cupy"),
@@ -35,16 +36,6 @@ INF = math.inf
 NORMS = [2.0, 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
 DTYPES = ["float16", "float32", "float64", "complex64", "complex128"]
 BITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53, "complex64": 24, "complex128": 53}
-
-
-def host(x: Any) -> np.ndarray:
-    with x.device:
-        return x.get()
-
-
-def on(device: int, x: np.ndarray) -> Any:
-    with cupy.cuda.Device(device):
-        return cupy.array(x)
 
 
 # -- equal to the oracle, and to exact arithmetic --------------------------------------------------------------
