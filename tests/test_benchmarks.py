@@ -26,7 +26,7 @@ from benchmarks.targets import TARGETS
 from benchmarks.timing import Effort, Spread, Timings, calibrated, compete, host_stopwatch
 from benchmarks.trees import GPT2_BLOCK, MODELS, Model, gradients
 
-pytestmark = pytest.mark.library("numpy")
+pytestmark = [pytest.mark.library("numpy"), pytest.mark.full]
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "benchmarks").glob("*.py"))

@@ -214,6 +214,7 @@ def programs(p: float) -> Iterator[tuple[str, str, list[str]]]:
 
 
 @needs_nvrtc
+@pytest.mark.full
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("arch", [a if a in (70, 120) else pytest.param(a, marks=pytest.mark.slow) for a in NEEDED])
 def test_every_kernel_compiles(arch: int, p: float) -> None:

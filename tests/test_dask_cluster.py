@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parent / "ranks" / "dask_cluster.py"
 MISSING = [name for name in ("dask", "distributed") if importlib.util.find_spec(name) is None]
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.library("dask"),
     pytest.mark.skipif(bool(MISSING), reason=f"Dask's cluster: not installed: {', '.join(MISSING)}"),
 ]

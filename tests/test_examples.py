@@ -14,6 +14,8 @@ import pytest
 import gradclip
 import launch
 
+pytestmark = pytest.mark.full
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
     "compare.py",

@@ -977,6 +977,7 @@ def chosen() -> Iterator[list[str]]:
     jax.clear_caches()
 
 
+@pytest.mark.full
 class TestTheBranchFreePath:
     """The code that a GPU gets, on the CPU."""
 

@@ -13,7 +13,7 @@ import pytest
 import gradclip
 
 pytest.importorskip("jax")
-pytestmark = pytest.mark.library("jax")
+pytestmark = [pytest.mark.library("jax"), pytest.mark.full]
 
 SCRIPT = Path(__file__).parent / "ranks" / "jax_processes.py"
 CASES = ("under_jit", "in_shard_map", "errors_on_all", "drift")

@@ -10,6 +10,7 @@ from launch import MISSING, ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "mpi.py"
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.library("numpy"),
     pytest.mark.skipif(bool(MISSING), reason=f"MPI: not installed: {', '.join(MISSING)}"),
 ]
