@@ -48,7 +48,7 @@ def raise_if_bad(
         "" if culprits or any(texts) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
     )
     bad = [str(float(x)) for x in verdict.norms if not math.isfinite(float(x))]
-    what = f"their global norm is {verdict.norms[0]}" if len(verdict.norms) == 1 else f"{len(bad)} norms are not"
+    what = f"their global norm is {float(verdict.norms[0])}" if len(verdict.norms) == 1 else f"{len(bad)} norms are not"
     raise NonFiniteError(what, culprits, hint, texts) from failure
 
 
