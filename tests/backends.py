@@ -235,7 +235,7 @@ class JaxJit(Jax):
     def clip_grad_norm(self, grads: Any, max_norm: Any, norm_type: float = 2.0, **kw: Any) -> Any:
         static = {k: v for k, v in kw.items() if k in ("nonfinite", "all_reduce", "per")}
         traced = {k: v for k, v in kw.items() if k not in static}
-        if not self.x64 and isinstance(max_norm, float) and 3.4e38 < max_norm < np.inf:
+        if not self.x64 and any(isinstance(c, float) and 3.4e38 < c < np.inf for c in leaves(max_norm)):
             static["max_norm"] = max_norm  # jax.jit itself would make inf of it
         else:
             traced["max_norm"] = max_norm
@@ -243,8 +243,8 @@ class JaxJit(Jax):
         def f(g: Any, t: Any) -> Any:
             return gradclip.clip_grad_norm(g, norm_type=norm_type, **static, **t)
 
-        per = static.get("per")  # it may be a tree of labels
-        key = tuple((k, repr(v) if k == "per" and not callable(per) else v) for k, v in static.items())
+        # A tree of labels or bounds has no hash.
+        key = tuple((k, repr(v) if isinstance(v, list | dict) else v) for k, v in static.items())
         return self._jitted(("clip", norm_type, key), f)(grads, traced)
 
     def norms(self, grads: Any, norm_type: float = 2.0, **kw: Any) -> Any:

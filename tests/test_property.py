@@ -1,8 +1,9 @@
-"""Hypothesis: random trees over the whole exponent range, on every backend, against exact arithmetic."""
+"""Hypothesis: random trees in random groups, over the whole exponent range, against exact arithmetic."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,51 +63,89 @@ def leaf_values(draw, shape, dtype):
 
 @st.composite
 def problems(draw, xp):
+    """A tree, p, the groups, and for each group its bound as a multiple of its norm."""
     layouts = [i for i, layout in enumerate(LAYOUTS) if xp.has(*(dtype for _, dtype in layout))]
     layout = draw(st.sampled_from(layouts))
     tree = [draw(leaf_values(shape, dtype)) for shape, dtype in LAYOUTS[layout]]
     p = draw(st.sampled_from(norm_types(xp, layout)))
-    ratio = draw(st.sampled_from([0.0, 0.5, 0.9999, 1.0001, 3.0, 1e-3, 1e-9, math.inf]) | st.floats(0, 2))
-    return tree, p, ratio
+    labels = [st.sampled_from(["first", "second", None]) for _ in tree]
+    if xp.compiles:  # one labelling of each layout
+        labels = [st.just(label) for label, _ in zip(["second", "first", None], tree, strict=False)]
+    per = draw(st.sampled_from([None, None, "leaf"]) | st.tuples(*labels).map(list))
+    ratios = st.sampled_from([0.0, 0.5, 0.9999, 1.0001, 3.0, 1e-3, 1e-9, math.inf]) | st.floats(0, 2)
+    return tree, p, per, [draw(ratios) for _ in tree], draw(st.booleans())
 
 
-def check(xp: Backend, tree: list[np.ndarray], p: float, ratio: float) -> None:
-    """Clip with max_norm = ratio * the exact norm, and compare norm and every element with exact arithmetic."""
-    given_tree = tree
-    normal = mpmath.mpf(2) ** -126
-    if xp.flushes:  # subnormals may count as zero: let them be zeros for both sides
-        tree = [flush(x) for x in tree]
-    want = exact.norm(tree, p)
-    dtype = exact.norm_dtype(tree)
+def labels_of(tree: list[np.ndarray], per: Any) -> list[Any]:
+    """The group of each leaf; None where it is left alone."""
+    return {None: [0] * len(tree), "leaf": list(range(len(tree)))}[per] if per in (None, "leaf") else per
+
+
+def bound_of(xp: Backend, want: Any, ratio: float, dtype: str) -> float:
     bound = float(min(want * mpmath.mpf(ratio), mpmath.mpf(2) ** 1023)) if ratio < math.inf else math.inf
-    if xp.flushes and 0 < bound < (2.0**-126 if dtype == "float32" else 2.0**-1022):
-        bound = 0.0
-    grads = [xp.array(x) for x in given_tree]
-    before = [xp.numpy(x).tobytes() for x in grads]
-    out, norm = xp.clip_grad_norm(grads, bound, p)
-    note(f"p={p} bound={bound!r} norm={float(xp.numpy(norm))!r} exactly {mpmath.nstr(want, 20)}")
-    note(f"in {[x.tolist() for x in given_tree]} out {[xp.numpy(x).tolist() for x in out]}")
+    return 0.0 if xp.flushes and 0 < bound < float(exact.smallest_normal(dtype)) else bound
 
-    reported = float(xp.numpy(norm))
+
+def check(xp: Backend, tree: list[np.ndarray], p: float, per: Any, ratios: list[float], one_bound: bool) -> None:
+    """Clip each group to its own ratio of its exact norm, and compare norms and every element with exact arithmetic."""
+    labels = labels_of(tree, per)
+    parts = {g: [i for i, label in enumerate(labels) if label == g] for g in dict.fromkeys(labels) if g is not None}
+    # Where subnormals may count as zero, let them be zeros for both sides.
+    known = [flush(x) for x in tree] if xp.flushes else tree
+    wants = {g: exact.norm([known[i] for i in part], p) for g, part in parts.items()}
+    bounds = {g: bound_of(xp, wants[g], r, exact.norm_dtype([tree[i] for i in parts[g]]))
+              for g, r in zip(parts, ratios, strict=False)}  # fmt: skip
+    if per is None or one_bound:
+        bounds = dict.fromkeys(bounds, min(bounds.values(), default=1.0))
+    grads = [xp.array(x) for x in tree]
+    before = [xp.numpy(x).tobytes() for x in grads]
+    argument: Any = bounds if isinstance(per, list) else list(bounds.values())
+    if per is None or one_bound:
+        argument = min(bounds.values(), default=1.0)
+    out, norms = xp.clip_grad_norm(grads, argument, p, **({} if per is None else {"per": per}))
+    note(f"p={p} per={per} bounds={bounds} exactly {[mpmath.nstr(want, 20) for want in wants.values()]}")
+    note(f"in {[x.tolist() for x in tree]} out {[xp.numpy(x).tolist() for x in out]}")
+
+    assert [xp.numpy(x).tobytes() for x in grads] == before, "an input was written to"
+    for new, was in zip(out, tree, strict=True):
+        assert xp.owns(new)
+        assert xp.numpy(new).dtype == was.dtype
+        assert new.shape == was.shape
+    for i, label in enumerate(labels):
+        if label is None:
+            assert xp.numpy(out[i]).tobytes() == tree[i].tobytes(), "left alone"
+    if isinstance(per, list):
+        assert set(norms) == set(parts)
+    by_group = {0: norms} if per is None else norms
+    for g, part in parts.items():
+        check_group(xp, [out[i] for i in part], [tree[i] for i in part], p, xp.numpy(by_group[g]), wants[g], bounds[g])
+
+
+def check_group(
+    xp: Backend, out: list[Any], given_tree: list[np.ndarray], p: float, norm: np.ndarray, want: Any, bound: float
+) -> None:
+    """The norm of a group and its clipped leaves, as if it were alone."""
+    normal = mpmath.mpf(2) ** -126
+    tree = [flush(x) for x in given_tree] if xp.flushes else given_tree
+    dtype = exact.norm_dtype(tree)
+    assert norm.dtype.name == dtype
+    assert norm.shape == ()
+    reported = float(norm)
     if xp.flushes and p == 0 and want <= reported <= exact.norm(given_tree, 0):
         want = mpmath.mpf(reported)  # subnormals may count, or not
     ulps = 4 if p in (0, 1, 2, math.inf, -math.inf) else max(8, abs(4 / p))
     floor = exact.smallest_normal(dtype)
     if xp.flushes and want < 2 * floor:
-        assert float(xp.numpy(norm)) <= 4 * floor
+        assert reported <= 4 * floor
     else:
-        exact.check_norm(xp.numpy(norm), want, dtype, ulps)
-    assert [xp.numpy(x).tobytes() for x in grads] == before, "an input was written to"
+        exact.check_norm(reported, want, dtype, ulps)
 
     factor = mpmath.mpf(1)
     slack = 2 * ulps * exact.ulp(1, dtype)
     if want and mpmath.mpf(bound) < want and not reported <= bound:
         factor = mpmath.mpf(bound) / want
     for new, old, was in zip(out, tree, given_tree, strict=True):
-        assert xp.owns(new)
         new = xp.numpy(new)
-        assert new.dtype == was.dtype
-        assert new.shape == was.shape
         if reported <= bound:
             assert new.tobytes() == was.tobytes(), "not clipped, so not a bit may change"
             continue
