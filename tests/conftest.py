@@ -98,10 +98,10 @@ ROWS = ("test_cases.py",)
 def quick(items: list[pytest.Item]) -> list[pytest.Item]:
     """What the quick size has of these tests.
 
-    It leaves out what is marked `full` or `slow`, and of a test marked `sampled(n)` it has every n-th set of parameters.
-    And JAX compiles a program for each p and each list of shapes: what three backends are (without jit, under jit, with
-    64-bit numbers), one of them runs: that with 64-bit numbers where a parameter asks for these, else one that the
-    test's name chooses. The table of cases runs on all of them.
+    It leaves out what is marked `full` or `slow`; of a test marked `sampled(n)` it has every n-th set of parameters.
+    And JAX compiles a program for each p and each list of shapes: what three backends are (without jit, under jit,
+    with 64-bit numbers), one of them runs: that with 64-bit numbers where a parameter asks for these, else one that
+    the test's name chooses. The table of cases runs on all of them, but for norms other than p = 2.
     """
     ways = [b.name for b in BACKENDS if b.compiles]
     seen: Counter[str] = Counter()
@@ -148,8 +148,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         size = "size: full"
     else:
         size = (
-            "size: quick; `--full` adds the examples, the benchmarks, several processes, every CUDA kernel compiled, JAX in "
-            "each of its ways beyond the table of cases, XLA's optimizations, and random trees by the thousand"
+            "size: quick; `--full` adds the examples, the benchmarks, several processes, every CUDA kernel compiled, "
+            "JAX in each of its ways beyond the table of cases, XLA's optimizations, and random trees by the thousand"
         )
     return [size, f"backends: {here}", f"backends that cannot run: {gone or 'none'}"]
 
