@@ -8,6 +8,7 @@ the quick size leaves out.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -94,6 +95,9 @@ def xp(request: pytest.FixtureRequest):
 #: Where the quick size runs JAX in all its ways, but for norms other than p = 2.
 ROWS = ("test_cases.py",)
 
+#: What the quick size has of p where a test is JAX's alone: a sum, an extreme, and a norm of two passes.
+EACH_SORT_OF_NORM = (2.0, math.inf, 3.0)
+
 
 def quick(items: list[pytest.Item]) -> list[pytest.Item]:
     """What the quick size has of these tests.
@@ -101,7 +105,8 @@ def quick(items: list[pytest.Item]) -> list[pytest.Item]:
     It leaves out what is marked `full` or `slow`; of a test marked `sampled(n)` it has every n-th set of parameters.
     And JAX compiles a program for each p and each list of shapes: what three backends are (without jit, under jit,
     with 64-bit numbers), one of them runs: that with 64-bit numbers where a parameter asks for these, else one that
-    the test's name chooses. The table of cases runs on all of them, but for norms other than p = 2.
+    the test's name chooses. The table of cases runs on all of them, but for norms other than p = 2; and of tests of JAX
+    alone, each runs for one norm of each sort.
     """
     ways = [b.name for b in BACKENDS if b.compiles]
     seen: Counter[str] = Counter()
@@ -117,6 +122,9 @@ def quick(items: list[pytest.Item]) -> list[pytest.Item]:
             seen[test] += 1
             if seen[test] % sampled.args[0] != 1:
                 continue
+        library = item.get_closest_marker("library")
+        if library and library.args == ("jax",) and parameters.get("p", 2.0) not in EACH_SORT_OF_NORM:
+            continue
         if backend is not None and backend.compiles:
             test = item.nodeid.replace(f"[{backend.name}", "[").replace(f"-{backend.name}", "")
             way = ways[zlib.crc32(test.encode()) % len(ways)]

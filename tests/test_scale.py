@@ -93,6 +93,7 @@ CASES += [(1.0, "float64", "large"), (1.0, "float32", "ordinary"), (0.0, "float6
 CASES += [(INF, "float32", "largest"), (3.0, "float64", "large"), (3.0, "float32", "ordinary")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("p", "dtype", "kind", "order"),
     [(*case, tree) for case in CASES] + [(*case, ring) for case in CASES[::3]],
