@@ -30,7 +30,7 @@ ROOT = Path(gradclip.__file__).parent
 ROOMS = (
     ("ground", ("_types.py", "_errors.py", "_dtypes.py", "_threads.py")),
     ("tree", ("_tree.py",)),
-    ("scaled", ("_scaled.py",)),
+    ("numbers", ("_parts.py", "_scaled.py")),
     ("norms", ("_norms.py",)),
     ("groups", ("_groups.py",)),
     ("decide", ("_decide.py",)),
@@ -49,10 +49,10 @@ STOREYS = [room for room, _ in ROOMS if room not in ("package", "program")] + ["
 #: Beyond "only down": rooms that import from these and from nothing else.
 ONLY = {
     "tree": {"ground"},
-    "scaled": {"ground"},
-    "norms": {"ground", "scaled"},
-    "decide": {"ground", "scaled", "norms"},
-    "backends": {"ground", "scaled", "norms", "groups", "decide", "backends"},  # leaves and numbers, never trees
+    "numbers": {"ground", "numbers"},
+    "norms": {"ground", "numbers"},
+    "decide": {"ground", "numbers", "norms"},
+    "backends": {"ground", "numbers", "norms", "groups", "decide", "backends"},  # leaves and numbers, never trees
 }
 
 LIBRARIES = {
