@@ -10,11 +10,8 @@ Only what those rooms call is here. A bool of an expression raises: a branch can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeAlias
-
-from gradclip._types import ReduceOp
 
 Operand: TypeAlias = "Expression | float"
 
@@ -90,30 +87,6 @@ class Expression:
         return self.symbols.truth("{} == {}", self, other)
 
 
-@dataclass(frozen=True, eq=False)
-class Reduced:
-    """A reduction of an expression over all elements. `exact`: the sum is to be as good as that of `Kernels.total`."""
-
-    op: ReduceOp
-    element: Expression
-    exact: bool = False
-
-
-class Partial(tuple["Reduced | Expression", ...]):
-    """What `xp.stack` gives: the slots of a partial, each a reduction, or the constant 0."""
-
-    def __add__(self, other: Any) -> Partial:  # slot by slot, as arrays add
-        return Partial(self._sum(a, b) for a, b in zip(self, other, strict=True))
-
-    @staticmethod
-    def _sum(a: Any, b: Any) -> Any:
-        if isinstance(a, Reduced) and isinstance(b, Reduced):
-            assert a.op == b.op == "sum"
-            return Reduced("sum", a.element + b.element, a.exact or b.exact)
-        assert (a.form, b.form) == ("0.0", "0.0"), "two slots of a partial that do not add"
-        return a
-
-
 class Symbols:
     """A namespace of the array API whose arrays are expressions. One for each program."""
 
@@ -138,9 +111,9 @@ class Symbols:
     def truth(self, form: str, *operands: Operand) -> Expression:
         return self._make("bool", form, operands)
 
-    def given(self, name: str, *, varies: bool = False) -> Expression:
+    def given(self, name: str, *, varies: bool = False, kind: str = "float64") -> Expression:
         """A value that the C code has under this name; `varies`: from element to element."""
-        return self._make("float64", name, (), varies)
+        return self._make(kind, name, (), varies)
 
     def number(self, value: float) -> Expression:
         """A constant. `repr` gives the digits that make exactly this number."""
@@ -189,33 +162,18 @@ class Symbols:
     def isfinite(self, x: Expression) -> Expression:
         return self.truth("fabs({}) < {}", x, math.inf)
 
-    def zeros_like(self, x: Expression | Reduced) -> Expression:
+    def zeros_like(self, x: Expression) -> Expression:
         return self.number(0.0)
 
-    def ones_like(self, x: Expression | Reduced) -> Expression:
+    def ones_like(self, x: Expression) -> Expression:
         return self.number(1.0)
 
-    def full_like(self, x: Expression | Reduced, value: float) -> Expression:
+    def full_like(self, x: Expression, value: float) -> Expression:
         return self.number(value)
 
     def astype(self, x: Expression, dtype: str) -> Expression:
         """float32 stays a double in C, rounded: every float32 is one, and what reads it computes in double."""
         return self._make("float32", "as_float32({})", (x,)) if dtype == "float32" else self.value("{}", x)
-
-    def stack(self, slots: Iterable[Reduced | Expression]) -> Partial:
-        return Partial(slots)
-
-    def sum(self, x: Expression) -> Reduced:
-        return Reduced("sum", x)
-
-    def total(self, x: Expression, axis: int | None = None) -> Reduced:
-        return Reduced("sum", x, exact=True)
-
-    def max(self, x: Expression) -> Reduced:
-        return Reduced("max", x)
-
-    def min(self, x: Expression) -> Reduced:
-        return Reduced("min", x)
 
 
 class Printed:

@@ -1,0 +1,327 @@
+"""CuPy: a few launches for all leaves together, where the generic backend takes some twenty for each.
+
+For 1,000 leaves of 1,024 float32 elements: 5 launches for the global norm and 9 for a clip, in place or not; with a
+group for each leaf 5 and 10. Counted on emulated devices; no time was measured on a GPU.
+
+The kernels are written by `programs` and compiled when they are first needed; one that will not compile on this machine
+is replaced by the generic form, with one warning. Everything is queued on the current stream and the host never waits;
+the addresses of the leaves go to the kernels by value, in their parameters. So a call can be captured in a CUDA graph:
+keep the leaves and what the call returns as long as the graph (see `graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import array_api_compat.cupy as xp
+import cupy
+import numpy as np
+
+from gradclip._backends.cupy import programs, table
+from gradclip._backends.cupy.compiler import NotCompiled, compiled
+from gradclip._backends.cupy.graphs import keep, recording
+from gradclip._backends.cupy.numbers import REAL
+from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, GROUPS, THREADS
+from gradclip._backends.generic import Backend
+from gradclip._decide import Bounds, Verdict
+from gradclip._dtypes import dtype_name
+from gradclip._groups import Groups
+from gradclip._norms import Norm, Seen
+from gradclip._scaled import Factors, Scaled
+from gradclip._types import Array, Nonfinite
+
+#: Blocks of one launch: as many threads as the largest GPUs run at once.
+_BLOCKS = 1024
+_NULL = np.uint64(0)
+
+
+class _Columns(NamedTuple):
+    """Partials that are not joined yet: `text.JOIN` says which columns are whose."""
+
+    values: Array
+    keys: Array | None = None
+    sections: int = 1
+
+    def arguments(self) -> tuple[Any, ...]:
+        keys = _NULL if self.keys is None else self.keys
+        return self.values, np.uint32(self.values.shape[1]), keys, np.uint32(self.sections)
+
+
+class CupyBackend(Backend):
+    """Work on `cupy.ndarray`s. Everything is queued on the current stream; the host never waits."""
+
+    def __init__(self) -> None:
+        super().__init__(xp)
+
+    @contextmanager
+    def session(self, leaves: Sequence[Array], in_place: bool) -> Iterator[None]:
+        """What is made belongs to the first leaf's device, and to the graph where one is captured."""
+        home = leaves[0].device if leaves else nullcontext()
+        with super().session(leaves, in_place), home, recording(leaves, in_place):
+            yield
+
+    def move(self, x: Array, device: Any) -> Array:
+        source, device = x.device, cupy.cuda.Device(device)
+        if source == device:
+            return x
+        # Events order the streams of the two devices; the host does not wait.
+        with source:
+            made = cupy.cuda.get_current_stream().record()
+        with device:
+            stream = cupy.cuda.get_current_stream()
+            stream.wait_event(made)
+            out = cupy.array(x)
+            copied = stream.record()
+        with source:  # or x may be freed, and its memory used again, before it is read
+            cupy.cuda.get_current_stream().wait_event(copied)
+        return out
+
+    def accumulation(self, leaves: Sequence[Array]) -> Any:
+        return cupy.float64
+
+    def number(self, value: Any, acc: Any, device: Any) -> Scaled:
+        """A Python number stays one: it goes to the kernel by value."""
+        if isinstance(value, int | float):
+            return Scaled(float(value), None)
+        if not isinstance(value, list):
+            keep(value)
+            return super().number(value, acc, device)
+        try:
+            kernel = compiled(programs.row(), "gradclip_row")
+        except NotCompiled:
+            return super().number([self._array(self.number(x, acc, device)) for x in value], acc, device)
+        out = cupy.empty(len(value), cupy.float64)
+        for begin in range(0, len(value), ENTRIES):
+            some = value[begin : begin + ENTRIES]
+            arrays = [None if isinstance(x, int | float) else self._readable(x, device) for x in some]
+            row = table.row([x if array is None else array for x, array in zip(some, arrays, strict=True)])
+            kernel((1,), (THREADS,), (row, out[begin:], np.uint32(len(some))))
+        return Scaled(out, None)
+
+    def _readable(self, value: Array, device: Any) -> Array:
+        """A 0-d array on a device, of a dtype that the kernels read."""
+        keep(value)
+        if dtype_name(value) not in REAL:
+            return super().number(value, cupy.float64, device).mantissa
+        return self.move(value, device)
+
+    def _array(self, number: Any) -> Any:
+        """A bound as the generic backend takes it."""
+        if number is None or not isinstance(number.mantissa, float):
+            return number
+        return super().number(number.mantissa, cupy.float64, cupy.cuda.Device())
+
+    # -- norms ---------------------------------------------------------------------------------------------
+
+    def partials(
+        self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[..., Array] | None
+    ) -> Seen:
+        """Without other shards the last partials stay columns: the kernel that decides joins them."""
+        try:
+            compiled(programs.settle(norm), "gradclip_settle", "--fmad=false")
+            if join is not None:
+                self._compile_all(leaves, norm, groups)
+            seen: Seen = ()
+            for step, op in enumerate(norm.ops):
+                columns = self._columns(leaves, norm, groups, seen)
+                if join is None and step + 1 == len(norm.ops):
+                    return (*seen, columns)
+                joined = self._joined(columns, norm, step, groups.count)
+                seen += (joined if join is None else join(joined, op),)
+            return seen
+        except NotCompiled:
+            return super().partials(leaves, norm, groups, join)
+
+    def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
+        try:
+            return self._joined(self._columns(leaves, norm, groups, seen), norm, len(seen), groups.count)
+        except NotCompiled:
+            return super().partial(leaves, norm, groups, seen)
+
+    def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> _Columns:
+        """What leaves contribute to one pass, on the first one's device."""
+        home, found = cupy.cuda.Device(), []
+        places = _by_device(leaves, [i for i, x in enumerate(leaves) if x.size])
+        for device, here in places:
+            with cupy.cuda.Device(device):
+                base = [groups.base[i] for i in here] if groups.count > 1 else []
+                known = [cupy.ascontiguousarray(self.move(x, device)) for x in seen]
+                columns = self._measured([leaves[i] for i in here], norm, base, groups.count, known)
+                if len(places) == 1 and device == home.id:
+                    return columns
+                found.append(self.move(self._joined(columns, norm, len(seen), groups.count), home))
+        return _Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
+
+    def _measured(
+        self, leaves: Sequence[Array], norm: Norm, base: Sequence[int], count: int, seen: Sequence[Array]
+    ) -> _Columns:
+        """The columns of leaves on the current device: one for each block, and with several groups for each leaf."""
+        leaves = [leaf if table.is_dense(leaf) else cupy.ascontiguousarray(leaf) for leaf in leaves]
+        kinds = table.kinds(leaves, real=False)
+        kernel = compiled(programs.measure(norm, len(seen), kinds), "gradclip_measure")
+        launches = list(table.tables(table.entries(leaves, real=False, groups=base, count=count)))
+        widths = [_grid(each) + (int(each["leaves"]) if base else 0) for each in launches]
+        values = cupy.empty((norm.slots[len(seen)], sum(widths)), cupy.float64)
+        keys = cupy.empty(sum(widths), cupy.uint32) if base else None
+        columns = _Columns(values, keys, len(kinds) if base else 1)
+        known = (seen[0] if len(seen) == 1 else cupy.concatenate(seen)) if seen else _NULL
+        at = 0
+        for each, width in zip(launches, widths, strict=True):
+            ends = _NULL if keys is None else keys, known, np.uint32(count)
+            kernel((_grid(each),), (THREADS,), (each, values, np.uint32(values.shape[1]), np.uint32(at), *ends))
+            at += width
+        return columns
+
+    def _joined(self, columns: _Columns, norm: Norm, step: int, count: int) -> Array:
+        """Columns as a partial: one for each group."""
+        kernel = compiled(programs.joined(norm, step), "gradclip_join")
+        out = cupy.empty((norm.slots[step], count), cupy.float64)
+        if count:
+            kernel((count,), (THREADS,), (out, np.uint32(count), *columns.arguments()))
+        return out
+
+    def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
+        """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
+        places = _by_device(leaves, range(len(leaves)))
+        for device, here in [*places, (cupy.cuda.Device().id, [])]:
+            with cupy.cuda.Device(device):
+                kinds = table.kinds([leaves[i] for i in here], real=False)
+                for step in range(len(norm.ops)):
+                    compiled(programs.joined(norm, step), "gradclip_join")
+                    if kinds:
+                        compiled(programs.measure(norm, step, kinds), "gradclip_measure")
+        for several in (None, groups) if groups.count > 1 else (None,):  # groups by kind of leaf may be one group
+            self._scaling(leaves, places, several)
+
+    # -- the policy ----------------------------------------------------------------------------------------
+
+    def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
+        """The policy in one launch for all groups; 8,192 at a time."""
+        try:
+            kernel = compiled(programs.settle(norm if partials else None), "gradclip_settle", "--fmad=false")
+        except NotCompiled:
+            return super().decide(norm, partials, bounds._make(map(self._array, bounds)), groups, nonfinite)
+        n, rest = groups.count, [_argument(bounds.max_norm), _argument(bounds.divide_by or Scaled(1.0, None))]
+        rest += [self._found(norm, partials) if partials else _argument(bounds.norm)]
+        rows, finite = cupy.empty((3, n), cupy.float64), cupy.empty((2, n), cupy.bool_)
+        for begin in range(0, n, GROUPS):
+            wide = groups.wide[begin : begin + GROUPS]
+            what = table.flags(wide), np.uint32(begin), np.uint32(n), np.bool_(nonfinite == "zero")
+            kernel((len(wide),), (THREADS,), (rows, finite, *what, *(x for given in rest for x in given)))
+        dtypes = [cupy.float64 if wide else cupy.float32 for wide in groups.wide]
+        norms = [cupy.ndarray((), dtype, rows.data + rows.itemsize * g) for g, dtype in enumerate(dtypes)]
+        return Verdict(norms, Factors(rows[1], rows[2]), finite[0], finite[1])
+
+    def _found(self, norm: Norm, partials: Seen) -> tuple[Any, ...]:
+        """Partials as the kernel takes them."""
+        last, home, slots = partials[-1], cupy.cuda.Device(), norm.slots[-1]
+        widths = _NULL
+        if not isinstance(last, _Columns):
+            last = _Columns(cupy.ascontiguousarray(self.move(last, home), cupy.float64))
+            if last.values.shape[0] > slots:  # other shards have said it
+                widths = last.values[slots:]
+        seen = [self.move(x, home) for x in partials[:-1]]
+        if not seen:
+            return *last.arguments(), widths, _NULL, np.uint32(0)
+        known = cupy.concatenate(seen) if len(seen) > 1 else cupy.ascontiguousarray(seen[0])
+        return *last.arguments(), widths, known, np.uint32(known.shape[1])
+
+    # -- clipping ------------------------------------------------------------------------------------------
+
+    def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
+        """`leaf * shift * factor * shift`. The outputs on one device share one allocation: while one is kept, all are.
+
+        A leaf whose elements lie side by side keeps its layout; any other comes back in C order. In place, what two
+        leaves share is scaled once, from what it was.
+        """
+        places = _by_device(leaves, [i for i, x in enumerate(leaves) if x.size] if in_place else range(len(leaves)))
+        try:
+            launch = self._scaling(leaves, places, groups if factors.factor.size > 1 else None)
+        except NotCompiled:
+            return super().scale(leaves, factors, groups, in_place)
+        out: list[Array] = list(leaves)
+        for device, here in places:
+            with cupy.cuda.Device(device):
+                by = [_NULL if x is None else self.move(x, device) for x in factors]
+                if in_place:
+                    here = list({_memory(leaves[i]): i for i in here}.values())
+                dense = [i for i in here if leaves[i].size and table.is_dense(leaves[i])]
+                if in_place:
+                    dense = [] if table.overlap([leaves[i] for i in dense]) else dense
+                    launch(leaves, dense, by)
+                else:
+                    starts, end = table.room_for([leaves[i] for i in dense])
+                    room = cupy.cuda.alloc(end * ALIGNMENT)
+                    for i, start in zip(dense, starts, strict=True):
+                        out[i] = cupy.ndarray(leaves[i].shape, leaves[i].dtype, room + start * ALIGNMENT, leaves[i].strides)
+                    launch(leaves, dense, by, starts, room.ptr)
+                others = sorted(set(here).difference(dense))
+                for i in others:
+                    out[i] = cupy.array(leaves[i], order="C")
+                launch(out, [i for i in others if out[i].size], by)
+                for i in others if in_place else ():
+                    leaves[i][...] = out[i]
+        return leaves if in_place else out
+
+    def _scaling(
+        self, leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]], groups: Groups | None
+    ) -> Callable[..., None]:
+        """The launches of `scale`, compiled for every device before the first leaf is written. None: one group."""
+        for device, here in places:
+            with cupy.cuda.Device(device):
+                kinds = table.kinds([leaves[i] for i in here], real=True)
+                compiled(programs.scale(kinds, groups is not None), "gradclip_scale")
+
+        def launch(
+            leaves: Sequence[Array], here: Sequence[int], by: Sequence[Any], room: Sequence[int] = (), start: int = 0
+        ) -> None:
+            if not here:
+                return
+            some = [leaves[i] for i in here]
+            kernel = compiled(programs.scale(table.kinds(some, real=True), groups is not None), "gradclip_scale")
+            base = [groups.base[i] for i in here] if groups else []
+            lines = table.entries(some, real=True, room=room, groups=base)
+            for each in table.tables(lines, grouped=groups is not None):
+                kernel((_grid(each),), (THREADS,), (each, *by, np.uint64(start)))
+
+        return launch
+
+    def _scaled(self, leaf: Array, steps: Sequence[Array]) -> Array:
+        return super()._scaled(leaf, steps).astype(leaf.dtype, copy=False)  # cupy.where widens bfloat16
+
+    def count_nonfinite(
+        self, leaves: Sequence[Array], finite: Array, named: Callable[[int], str]
+    ) -> list[tuple[int, int]] | None:
+        """Counted by the kernels that measure: no memory is needed but some columns."""
+        if finite.get().all():
+            return None
+        each = Groups(tuple(range(len(leaves))), len(leaves), (False,) * len(leaves))
+        nans, infs = self.partial(leaves, programs.Census(), each, ()).get().tolist()
+        return [(int(nan), int(inf)) for nan, inf in zip(nans, infs, strict=True)]
+
+
+def _argument(bound: Scaled) -> tuple[Any, ...]:
+    """A bound as the kernel takes it: where it is, how far from one group's to the next one's, or its value."""
+    if isinstance(bound.mantissa, float):
+        return _NULL, np.uint32(0), np.float64(bound.mantissa)
+    return bound.mantissa, np.uint32(bound.mantissa.size > 1), np.float64(0.0)
+
+
+def _memory(leaf: Array) -> Any:
+    """What is the same for two leaves that are the very same memory."""
+    layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
+    return leaf.data.ptr, str(leaf.dtype), layout
+
+
+def _grid(each: Any) -> int:
+    return min(int(each["chunks"]), _BLOCKS)
+
+
+def _by_device(leaves: Sequence[Array], which: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """The devices of some leaves, in order of appearance, and which leaves are there."""
+    found: dict[int, list[int]] = {}
+    for i in which:
+        found.setdefault(leaves[i].device.id, []).append(i)
+    return list(found.items())
