@@ -68,6 +68,7 @@ class CupyBackend(Backend):
             return x
         # Events order the streams of the two devices; the host does not wait.
         with source:
+            x = cupy.ascontiguousarray(x)
             made = cupy.cuda.get_current_stream().record()
         with device:
             stream = cupy.cuda.get_current_stream()
