@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat.cupy as xp
 import cupy
 import numpy as np
 
-from gradclip._backends.cupy import programs, table
-from gradclip._backends.cupy.compiler import NotCompiled, compiled
+from gradclip._backends.cupy import compiler, programs, table
+from gradclip._backends.cupy.columns import NULL, Columns, blocks, joined, measured
+from gradclip._backends.cupy.compiler import NotCompiled
 from gradclip._backends.cupy.graphs import keep, recording
 from gradclip._backends.cupy.numbers import REAL
 from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, GROUPS, THREADS
@@ -31,22 +32,6 @@ from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
 from gradclip._scaled import Factors, Scaled
 from gradclip._types import Array, Nonfinite
-
-#: Blocks of one launch: as many threads as the largest GPUs run at once.
-_BLOCKS = 1024
-_NULL = np.uint64(0)
-
-
-class _Columns(NamedTuple):
-    """Partials that are not joined yet: `text.JOIN` says which columns are whose."""
-
-    values: Array
-    keys: Array | None = None
-    sections: int = 1
-
-    def arguments(self) -> tuple[Any, ...]:
-        keys = _NULL if self.keys is None else self.keys
-        return self.values, np.uint32(self.values.shape[1]), keys, np.uint32(self.sections)
 
 
 class CupyBackend(Backend):
@@ -90,7 +75,7 @@ class CupyBackend(Backend):
             keep(value)
             return super().number(value, acc, device)
         try:
-            kernel = compiled(programs.row(), "gradclip_row")
+            kernel = compiler.compiled(programs.row(), "gradclip_row")
         except NotCompiled:
             return super().number([self._array(self.number(x, acc, device)) for x in value], acc, device)
         out = cupy.empty(len(value), cupy.float64)
@@ -116,12 +101,10 @@ class CupyBackend(Backend):
 
     # -- norms ---------------------------------------------------------------------------------------------
 
-    def partials(
-        self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[..., Array] | None
-    ) -> Seen:
+    def partials(self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[..., Array] | None) -> Seen:
         """Without other shards the last partials stay columns: the kernel that decides joins them."""
         try:
-            compiled(programs.settle(norm), "gradclip_settle", "--fmad=false")
+            compiler.compiled(programs.settle(norm), "gradclip_settle", "--fmad=false")
             if join is not None:
                 self._compile_all(leaves, norm, groups)
             seen: Seen = ()
@@ -129,19 +112,19 @@ class CupyBackend(Backend):
                 columns = self._columns(leaves, norm, groups, seen)
                 if join is None and step + 1 == len(norm.ops):
                     return (*seen, columns)
-                joined = self._joined(columns, norm, step, groups.count)
-                seen += (joined if join is None else join(joined, op),)
+                found = joined(columns, norm, step, groups.count)
+                seen += (found if join is None else join(found, op),)
             return seen
         except NotCompiled:
             return super().partials(leaves, norm, groups, join)
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
         try:
-            return self._joined(self._columns(leaves, norm, groups, seen), norm, len(seen), groups.count)
+            return joined(self._columns(leaves, norm, groups, seen), norm, len(seen), groups.count)
         except NotCompiled:
             return super().partial(leaves, norm, groups, seen)
 
-    def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> _Columns:
+    def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Columns:
         """What leaves contribute to one pass, on the first one's device."""
         home, found = cupy.cuda.Device(), []
         places = _by_device(leaves, [i for i, x in enumerate(leaves) if x.size])
@@ -149,39 +132,11 @@ class CupyBackend(Backend):
             with cupy.cuda.Device(device):
                 base = [groups.base[i] for i in here] if groups.count > 1 else []
                 known = [cupy.ascontiguousarray(self.move(x, device)) for x in seen]
-                columns = self._measured([leaves[i] for i in here], norm, base, groups.count, known)
+                columns = measured([leaves[i] for i in here], norm, base, groups.count, known)
                 if len(places) == 1 and device == home.id:
                     return columns
-                found.append(self.move(self._joined(columns, norm, len(seen), groups.count), home))
-        return _Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
-
-    def _measured(
-        self, leaves: Sequence[Array], norm: Norm, base: Sequence[int], count: int, seen: Sequence[Array]
-    ) -> _Columns:
-        """The columns of leaves on the current device: one for each block, and with several groups for each leaf."""
-        leaves = [leaf if table.is_dense(leaf) else cupy.ascontiguousarray(leaf) for leaf in leaves]
-        kinds = table.kinds(leaves, real=False)
-        kernel = compiled(programs.measure(norm, len(seen), kinds), "gradclip_measure")
-        launches = list(table.tables(table.entries(leaves, real=False, groups=base, count=count)))
-        widths = [_grid(each) + (int(each["leaves"]) if base else 0) for each in launches]
-        values = cupy.empty((norm.slots[len(seen)], sum(widths)), cupy.float64)
-        keys = cupy.empty(sum(widths), cupy.uint32) if base else None
-        columns = _Columns(values, keys, len(kinds) if base else 1)
-        known = (seen[0] if len(seen) == 1 else cupy.concatenate(seen)) if seen else _NULL
-        at = 0
-        for each, width in zip(launches, widths, strict=True):
-            ends = _NULL if keys is None else keys, known, np.uint32(count)
-            kernel((_grid(each),), (THREADS,), (each, values, np.uint32(values.shape[1]), np.uint32(at), *ends))
-            at += width
-        return columns
-
-    def _joined(self, columns: _Columns, norm: Norm, step: int, count: int) -> Array:
-        """Columns as a partial: one for each group."""
-        kernel = compiled(programs.joined(norm, step), "gradclip_join")
-        out = cupy.empty((norm.slots[step], count), cupy.float64)
-        if count:
-            kernel((count,), (THREADS,), (out, np.uint32(count), *columns.arguments()))
-        return out
+                found.append(self.move(joined(columns, norm, len(seen), groups.count), home))
+        return Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
 
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
         """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
@@ -190,9 +145,9 @@ class CupyBackend(Backend):
             with cupy.cuda.Device(device):
                 kinds = table.kinds([leaves[i] for i in here], real=False)
                 for step in range(len(norm.ops)):
-                    compiled(programs.joined(norm, step), "gradclip_join")
+                    compiler.compiled(programs.joined(norm, step), "gradclip_join")
                     if kinds:
-                        compiled(programs.measure(norm, step, kinds), "gradclip_measure")
+                        compiler.compiled(programs.measure(norm, step, kinds), "gradclip_measure")
         for several in (None, groups) if groups.count > 1 else (None,):  # groups by kind of leaf may be one group
             self._scaling(leaves, places, several)
 
@@ -201,7 +156,7 @@ class CupyBackend(Backend):
     def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
         """The policy in one launch for all groups; 8,192 at a time."""
         try:
-            kernel = compiled(programs.settle(norm if partials else None), "gradclip_settle", "--fmad=false")
+            kernel = compiler.compiled(programs.settle(norm if partials else None), "gradclip_settle", "--fmad=false")
         except NotCompiled:
             return super().decide(norm, partials, bounds._make(map(self._array, bounds)), groups, nonfinite)
         n, rest = groups.count, [_argument(bounds.max_norm), _argument(bounds.divide_by or Scaled(1.0, None))]
@@ -218,14 +173,14 @@ class CupyBackend(Backend):
     def _found(self, norm: Norm, partials: Seen) -> tuple[Any, ...]:
         """Partials as the kernel takes them."""
         last, home, slots = partials[-1], cupy.cuda.Device(), norm.slots[-1]
-        widths = _NULL
-        if not isinstance(last, _Columns):
-            last = _Columns(cupy.ascontiguousarray(self.move(last, home), cupy.float64))
+        widths = NULL
+        if not isinstance(last, Columns):
+            last = Columns(cupy.ascontiguousarray(self.move(last, home), cupy.float64))
             if last.values.shape[0] > slots:  # other shards have said it
                 widths = last.values[slots:]
         seen = [self.move(x, home) for x in partials[:-1]]
         if not seen:
-            return *last.arguments(), widths, _NULL, np.uint32(0)
+            return *last.arguments(), widths, NULL, np.uint32(0)
         known = cupy.concatenate(seen) if len(seen) > 1 else cupy.ascontiguousarray(seen[0])
         return *last.arguments(), widths, known, np.uint32(known.shape[1])
 
@@ -245,25 +200,28 @@ class CupyBackend(Backend):
         out: list[Array] = list(leaves)
         for device, here in places:
             with cupy.cuda.Device(device):
-                by = [_NULL if x is None else self.move(x, device) for x in factors]
+                by = [NULL if x is None else self.move(x, device) for x in factors]
                 if in_place:
                     here = list({_memory(leaves[i]): i for i in here}.values())
                 dense = [i for i in here if leaves[i].size and table.is_dense(leaves[i])]
-                if in_place:
-                    dense = [] if table.overlap([leaves[i] for i in dense]) else dense
-                    launch(leaves, dense, by)
-                else:
-                    starts, end = table.room_for([leaves[i] for i in dense])
-                    room = cupy.cuda.alloc(end * ALIGNMENT)
-                    for i, start in zip(dense, starts, strict=True):
-                        out[i] = cupy.ndarray(leaves[i].shape, leaves[i].dtype, room + start * ALIGNMENT, leaves[i].strides)
-                    launch(leaves, dense, by, starts, room.ptr)
+                if in_place and table.overlap([leaves[i] for i in dense]):
+                    dense = []
                 others = sorted(set(here).difference(dense))
                 for i in others:
                     out[i] = cupy.array(leaves[i], order="C")
-                launch(out, [i for i in others if out[i].size], by)
-                for i in others if in_place else ():
-                    leaves[i][...] = out[i]
+                filled = [i for i in others if out[i].size]
+                if in_place:
+                    launch(out, [*dense, *filled], by)
+                    for i in filled:
+                        leaves[i][...] = out[i]
+                    continue
+                launch(out, filled, by)
+                starts, end = table.room_for([leaves[i] for i in dense])
+                room = cupy.cuda.alloc(end * ALIGNMENT)
+                for i, start in zip(dense, starts, strict=True):
+                    x = leaves[i]
+                    out[i] = cupy.ndarray(x.shape, x.dtype, room + start * ALIGNMENT, x.strides)
+                launch(leaves, dense, by, starts, room.ptr)
         return leaves if in_place else out
 
     def _scaling(
@@ -273,7 +231,7 @@ class CupyBackend(Backend):
         for device, here in places:
             with cupy.cuda.Device(device):
                 kinds = table.kinds([leaves[i] for i in here], real=True)
-                compiled(programs.scale(kinds, groups is not None), "gradclip_scale")
+                compiler.compiled(programs.scale(kinds, groups is not None), "gradclip_scale")
 
         def launch(
             leaves: Sequence[Array], here: Sequence[int], by: Sequence[Any], room: Sequence[int] = (), start: int = 0
@@ -281,11 +239,13 @@ class CupyBackend(Backend):
             if not here:
                 return
             some = [leaves[i] for i in here]
-            kernel = compiled(programs.scale(table.kinds(some, real=True), groups is not None), "gradclip_scale")
+            kernel = compiler.compiled(
+                programs.scale(table.kinds(some, real=True), groups is not None), "gradclip_scale"
+            )
             base = [groups.base[i] for i in here] if groups else []
             lines = table.entries(some, real=True, room=room, groups=base)
             for each in table.tables(lines, grouped=groups is not None):
-                kernel((_grid(each),), (THREADS,), (each, *by, np.uint64(start)))
+                kernel((blocks(each),), (THREADS,), (each, *by, np.uint64(start)))
 
         return launch
 
@@ -306,7 +266,7 @@ class CupyBackend(Backend):
 def _argument(bound: Scaled) -> tuple[Any, ...]:
     """A bound as the kernel takes it: where it is, how far from one group's to the next one's, or its value."""
     if isinstance(bound.mantissa, float):
-        return _NULL, np.uint32(0), np.float64(bound.mantissa)
+        return NULL, np.uint32(0), np.float64(bound.mantissa)
     return bound.mantissa, np.uint32(bound.mantissa.size > 1), np.float64(0.0)
 
 
@@ -314,10 +274,6 @@ def _memory(leaf: Array) -> Any:
     """What is the same for two leaves that are the very same memory."""
     layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
     return leaf.data.ptr, str(leaf.dtype), layout
-
-
-def _grid(each: Any) -> int:
-    return min(int(each["chunks"]), _BLOCKS)
 
 
 def _by_device(leaves: Sequence[Array], which: Sequence[int]) -> list[tuple[int, list[int]]]:

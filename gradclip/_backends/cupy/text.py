@@ -6,8 +6,8 @@ Text only. No header is included, so nothing has to be found on the user's machi
 from __future__ import annotations
 
 THREADS = 256
-#: Leaves of one launch, without and with a column of groups. The table travels in the kernel's parameters, and those may
-#: take 4 KB in all.
+#: Leaves of one launch, without and with a column of groups. The table travels in the kernel's parameters, and those
+#: may take 4 KB in all.
 LEAVES = {False: 250, True: 200}
 TABLE_BYTES = 4024
 #: Groups of one launch that decides: one bit of each travels likewise.
@@ -164,8 +164,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_join(double* out,
 }
 """
 
-# `rows` is out: the norm (in its own dtype, at the start of its place), the factor, the shift. `finite` likewise: of this
-# shard's norm, and of that which all shards have in common.
+# `rows` is out: the norm (in its own dtype, at the start of its place), the factor, the shift. `finite` likewise: of
+# this shard's norm, and of that which all shards have in common.
 SETTLE = """
 struct Flags { unsigned bits[%(words)d]; };
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_settle(
