@@ -147,7 +147,7 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
     Parameters
     ----------
     comm : cupy.cuda.nccl.NcclCommunicator
-        The norm is that of all leaves on the ranks of this communicator. Its device must be the current one.
+        The norm is that of all leaves on the ranks of this communicator. Its own device is where it joins.
     replicated : tree of bool, optional
         A tree prefix of the gradients: True for leaves of which all ranks hold equal copies. Those of rank 0 count.
 

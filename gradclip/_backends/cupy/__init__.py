@@ -22,6 +22,7 @@ import numpy as np
 from gradclip._backends.cupy import compiler, programs, table
 from gradclip._backends.cupy.columns import NULL, Columns, blocks, joined, measured
 from gradclip._backends.cupy.compiler import NotCompiled
+from gradclip._backends.cupy.devices import by_device, move
 from gradclip._backends.cupy.graphs import keep, recording
 from gradclip._backends.cupy.numbers import REAL
 from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, GROUPS, THREADS
@@ -48,27 +49,15 @@ class CupyBackend(Backend):
             yield
 
     def move(self, x: Array, device: Any) -> Array:
-        source, device = x.device, cupy.cuda.Device(device)
-        if source == device:
-            return x
-        # Events order the streams of the two devices; the host does not wait.
-        with source:
-            x = cupy.ascontiguousarray(x)
-            made = cupy.cuda.get_current_stream().record()
-        with device:
-            stream = cupy.cuda.get_current_stream()
-            stream.wait_event(made)
-            out = cupy.array(x)
-            copied = stream.record()
-        with source:  # or x may be freed, and its memory used again, before it is read
-            cupy.cuda.get_current_stream().wait_event(copied)
-        return out
+        return move(x, device)
 
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         return cupy.float64
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
-        """A Python number stays one: it goes to the kernel by value."""
+        """A Python number stays one: it goes to the kernel by value. So does one that is given to all groups."""
+        if isinstance(value, list) and value and all(x is value[0] for x in value):
+            value = value[0]
         if isinstance(value, int | float):
             return Scaled(float(value), None)
         if not isinstance(value, list):
@@ -91,7 +80,7 @@ class CupyBackend(Backend):
         keep(value)
         if dtype_name(value) not in REAL:
             return super().number(value, cupy.float64, device).mantissa
-        return self.move(value, device)
+        return move(value, device)
 
     def _array(self, number: Any) -> Any:
         """A bound as the generic backend takes it."""
@@ -127,20 +116,20 @@ class CupyBackend(Backend):
     def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Columns:
         """What leaves contribute to one pass, on the first one's device."""
         home, found = cupy.cuda.Device(), []
-        places = _by_device(leaves, [i for i, x in enumerate(leaves) if x.size])
+        places = by_device(leaves, [i for i, x in enumerate(leaves) if x.size])
         for device, here in places:
             with cupy.cuda.Device(device):
                 base = [groups.base[i] for i in here] if groups.count > 1 else []
-                known = [cupy.ascontiguousarray(self.move(x, device)) for x in seen]
+                known = [cupy.ascontiguousarray(move(x, device)) for x in seen]
                 columns = measured([leaves[i] for i in here], norm, base, groups.count, known)
                 if len(places) == 1 and device == home.id:
                     return columns
-                found.append(self.move(joined(columns, norm, len(seen), groups.count), home))
+                found.append(move(joined(columns, norm, len(seen), groups.count), home))
         return Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
 
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
         """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
-        places = _by_device(leaves, range(len(leaves)))
+        places = by_device(leaves, range(len(leaves)))
         for device, here in [*places, (cupy.cuda.Device().id, [])]:
             with cupy.cuda.Device(device):
                 kinds = table.kinds([leaves[i] for i in here], real=False)
@@ -175,10 +164,10 @@ class CupyBackend(Backend):
         last, home, slots = partials[-1], cupy.cuda.Device(), norm.slots[-1]
         widths = NULL
         if not isinstance(last, Columns):
-            last = Columns(cupy.ascontiguousarray(self.move(last, home), cupy.float64))
+            last = Columns(cupy.ascontiguousarray(move(last, home), cupy.float64))
             if last.values.shape[0] > slots:  # other shards have said it
                 widths = last.values[slots:]
-        seen = [self.move(x, home) for x in partials[:-1]]
+        seen = [move(x, home) for x in partials[:-1]]
         if not seen:
             return *last.arguments(), widths, NULL, np.uint32(0)
         known = cupy.concatenate(seen) if len(seen) > 1 else cupy.ascontiguousarray(seen[0])
@@ -192,7 +181,7 @@ class CupyBackend(Backend):
         A leaf whose elements lie side by side keeps its layout; any other comes back in C order. In place, what two
         leaves share is scaled once, from what it was.
         """
-        places = _by_device(leaves, [i for i, x in enumerate(leaves) if x.size] if in_place else range(len(leaves)))
+        places = by_device(leaves, [i for i, x in enumerate(leaves) if x.size] if in_place else range(len(leaves)))
         try:
             launch = self._scaling(leaves, places, groups if factors.factor.size > 1 else None)
         except NotCompiled:
@@ -200,7 +189,7 @@ class CupyBackend(Backend):
         out: list[Array] = list(leaves)
         for device, here in places:
             with cupy.cuda.Device(device):
-                by = [NULL if x is None else self.move(x, device) for x in factors]
+                by = [NULL if x is None else move(x, device) for x in factors]
                 if in_place:
                     here = list({_memory(leaves[i]): i for i in here}.values())
                 dense = [i for i in here if leaves[i].size and table.is_dense(leaves[i])]
@@ -274,11 +263,3 @@ def _memory(leaf: Array) -> Any:
     """What is the same for two leaves that are the very same memory."""
     layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
     return leaf.data.ptr, str(leaf.dtype), layout
-
-
-def _by_device(leaves: Sequence[Array], which: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """The devices of some leaves, in order of appearance, and which leaves are there."""
-    found: dict[int, list[int]] = {}
-    for i in which:
-        found.setdefault(leaves[i].device.id, []).append(i)
-    return list(found.items())
