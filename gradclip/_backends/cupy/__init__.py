@@ -69,18 +69,18 @@ class CupyBackend(Backend):
             return super().number([self._array(self.number(x, acc, device)) for x in value], acc, device)
         out = cupy.empty(len(value), cupy.float64)
         for begin in range(0, len(value), ENTRIES):
-            some = value[begin : begin + ENTRIES]
-            arrays = [None if isinstance(x, int | float) else self._readable(x, device) for x in some]
-            row = table.row([x if array is None else array for x, array in zip(some, arrays, strict=True)])
-            kernel((1,), (THREADS,), (row, out[begin:], np.uint32(len(some))))
+            some = [self._readable(x, device) for x in value[begin : begin + ENTRIES]]
+            kernel((1,), (THREADS,), (table.row(some), out[begin:], np.uint32(len(some))))
         return Scaled(out, None)
 
-    def _readable(self, value: Array, device: Any) -> Array:
-        """A 0-d array on a device, of a dtype that the kernels read."""
+    def _readable(self, value: Any, device: Any) -> Any:
+        """A Python number, or a 0-d array on a device, of a dtype that the kernels read."""
+        if isinstance(value, int | float):
+            return value
         keep(value)
-        if dtype_name(value) not in REAL:
-            return super().number(value, cupy.float64, device).mantissa
-        return move(value, device)
+        return (
+            move(value, device) if dtype_name(value) in REAL else super().number(value, cupy.float64, device).mantissa
+        )
 
     def _array(self, number: Any) -> Any:
         """A bound as the generic backend takes it."""
@@ -102,7 +102,7 @@ class CupyBackend(Backend):
                 if join is None and step + 1 == len(norm.ops):
                     return (*seen, columns)
                 found = joined(columns, norm, step, groups.count)
-                seen += (found if join is None else join(found, op),)
+                seen += (found if join is None else _here(join(found, op)),)
             return seen
         except NotCompiled:
             return super().partials(leaves, norm, groups, join)
@@ -115,13 +115,11 @@ class CupyBackend(Backend):
 
     def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Columns:
         """What leaves contribute to one pass, on the first one's device."""
-        home, found = cupy.cuda.Device(), []
-        places = by_device(leaves, [i for i, x in enumerate(leaves) if x.size])
+        home, found, places = cupy.cuda.Device(), [], by_device(leaves)
         for device, here in places:
             with cupy.cuda.Device(device):
                 base = [groups.base[i] for i in here] if groups.count > 1 else []
-                known = [cupy.ascontiguousarray(move(x, device)) for x in seen]
-                columns = measured([leaves[i] for i in here], norm, base, groups.count, known)
+                columns = measured([leaves[i] for i in here], norm, base, groups.count, list(map(_here, seen)))
                 if len(places) == 1 and device == home.id:
                     return columns
                 found.append(move(joined(columns, norm, len(seen), groups.count), home))
@@ -129,7 +127,7 @@ class CupyBackend(Backend):
 
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
         """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
-        places = by_device(leaves, range(len(leaves)))
+        places = by_device(leaves)
         for device, here in [*places, (cupy.cuda.Device().id, [])]:
             with cupy.cuda.Device(device):
                 kinds = table.kinds([leaves[i] for i in here], real=False)
@@ -137,8 +135,8 @@ class CupyBackend(Backend):
                     compiler.compiled(programs.joined(norm, step), "gradclip_join")
                     if kinds:
                         compiler.compiled(programs.measure(norm, step, kinds), "gradclip_measure")
-        for several in (None, groups) if groups.count > 1 else (None,):  # groups by kind of leaf may be one group
-            self._scaling(leaves, places, several)
+        for grouped in {False, groups.count > 1}:  # groups by kind of leaf may be one group
+            _scaling(leaves, places, grouped)
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -147,7 +145,7 @@ class CupyBackend(Backend):
         try:
             kernel = compiler.compiled(programs.settle(norm if partials else None), "gradclip_settle", "--fmad=false")
         except NotCompiled:
-            return super().decide(norm, partials, bounds._make(map(self._array, bounds)), groups, nonfinite)
+            return super().decide(norm, partials, Bounds(*map(self._array, bounds)), groups, nonfinite)
         n, rest = groups.count, [_argument(bounds.max_norm), _argument(bounds.divide_by or Scaled(1.0, None))]
         rest += [self._found(norm, partials) if partials else _argument(bounds.norm)]
         rows, finite = cupy.empty((3, n), cupy.float64), cupy.empty((2, n), cupy.bool_)
@@ -161,16 +159,15 @@ class CupyBackend(Backend):
 
     def _found(self, norm: Norm, partials: Seen) -> tuple[Any, ...]:
         """Partials as the kernel takes them."""
-        last, home, slots = partials[-1], cupy.cuda.Device(), norm.slots[-1]
-        widths = NULL
+        last, widths = partials[-1], NULL
         if not isinstance(last, Columns):
-            last = Columns(cupy.ascontiguousarray(move(last, home), cupy.float64))
-            if last.values.shape[0] > slots:  # other shards have said it
-                widths = last.values[slots:]
-        seen = [move(x, home) for x in partials[:-1]]
+            last = Columns(_here(last))
+            if len(last.values) > norm.slots[-1]:  # other shards have said it
+                widths = last.values[norm.slots[-1] :]
+        seen = list(map(_here, partials[:-1]))
         if not seen:
             return *last.arguments(), widths, NULL, np.uint32(0)
-        known = cupy.concatenate(seen) if len(seen) > 1 else cupy.ascontiguousarray(seen[0])
+        known = cupy.concatenate(seen) if len(seen) > 1 else seen[0]
         return *last.arguments(), widths, known, np.uint32(known.shape[1])
 
     # -- clipping ------------------------------------------------------------------------------------------
@@ -181,62 +178,35 @@ class CupyBackend(Backend):
         A leaf whose elements lie side by side keeps its layout; any other comes back in C order. In place, what two
         leaves share is scaled once, from what it was.
         """
-        places = by_device(leaves, [i for i, x in enumerate(leaves) if x.size] if in_place else range(len(leaves)))
+        places, grouped = by_device(leaves), factors.factor.size > 1
         try:
-            launch = self._scaling(leaves, places, groups if factors.factor.size > 1 else None)
+            kernels = _scaling(leaves, places, grouped)
         except NotCompiled:
             return super().scale(leaves, factors, groups, in_place)
         out: list[Array] = list(leaves)
-        for device, here in places:
+        for (device, here), kernel in zip(places, kernels, strict=True):
+            if in_place:
+                here = list({_memory(leaves[i]): i for i in here}.values())
             with cupy.cuda.Device(device):
-                by = [NULL if x is None else move(x, device) for x in factors]
-                if in_place:
-                    here = list({_memory(leaves[i]): i for i in here}.values())
-                dense = [i for i in here if leaves[i].size and table.is_dense(leaves[i])]
+                by = [NULL if x is None else _here(x) for x in factors]
+                dense = {i for i in here if table.is_dense(leaves[i])}
                 if in_place and table.overlap([leaves[i] for i in dense]):
-                    dense = []
-                others = sorted(set(here).difference(dense))
-                for i in others:
-                    out[i] = cupy.array(leaves[i], order="C")
-                filled = [i for i in others if out[i].size]
-                if in_place:
-                    launch(out, [*dense, *filled], by)
-                    for i in filled:
-                        leaves[i][...] = out[i]
-                    continue
-                launch(out, filled, by)
-                starts, end = table.room_for([leaves[i] for i in dense])
-                room = cupy.cuda.alloc(end * ALIGNMENT)
-                for i, start in zip(dense, starts, strict=True):
-                    x = leaves[i]
-                    out[i] = cupy.ndarray(x.shape, x.dtype, room + start * ALIGNMENT, x.strides)
-                launch(leaves, dense, by, starts, room.ptr)
+                    dense = set()
+                sources = [leaves[i] if i in dense else cupy.array(leaves[i], order="C") for i in here]
+                starts, end = ([], 0) if in_place else table.room_for(sources)
+                room = None if in_place else cupy.cuda.alloc(end * ALIGNMENT)
+                base = [groups.base[i] for i in here] if grouped else []
+                start = NULL if room is None else np.uint64(room.ptr)
+                for launch in table.tables(
+                    table.entries(sources, real=True, room=starts, groups=base), grouped=grouped
+                ):
+                    kernel((blocks(launch),), (THREADS,), (launch, *by, start))
+                for k, (i, x) in enumerate(zip(here, sources, strict=True)):
+                    if room is not None:
+                        out[i] = cupy.ndarray(x.shape, x.dtype, room + starts[k] * ALIGNMENT, x.strides)
+                    elif i not in dense:
+                        leaves[i][...] = x
         return leaves if in_place else out
-
-    def _scaling(
-        self, leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]], groups: Groups | None
-    ) -> Callable[..., None]:
-        """The launches of `scale`, compiled for every device before the first leaf is written. None: one group."""
-        for device, here in places:
-            with cupy.cuda.Device(device):
-                kinds = table.kinds([leaves[i] for i in here], real=True)
-                compiler.compiled(programs.scale(kinds, groups is not None), "gradclip_scale")
-
-        def launch(
-            leaves: Sequence[Array], here: Sequence[int], by: Sequence[Any], room: Sequence[int] = (), start: int = 0
-        ) -> None:
-            if not here:
-                return
-            some = [leaves[i] for i in here]
-            kernel = compiler.compiled(
-                programs.scale(table.kinds(some, real=True), groups is not None), "gradclip_scale"
-            )
-            base = [groups.base[i] for i in here] if groups else []
-            lines = table.entries(some, real=True, room=room, groups=base)
-            for each in table.tables(lines, grouped=groups is not None):
-                kernel((blocks(each),), (THREADS,), (each, *by, np.uint64(start)))
-
-        return launch
 
     def _scaled(self, leaf: Array, steps: Sequence[Array]) -> Array:
         return super()._scaled(leaf, steps).astype(leaf.dtype, copy=False)  # cupy.where widens bfloat16
@@ -250,6 +220,21 @@ class CupyBackend(Backend):
         each = Groups(tuple(range(len(leaves))), len(leaves), (False,) * len(leaves))
         nans, infs = self.partial(leaves, programs.Census(), each, ()).get().tolist()
         return [(int(nan), int(inf)) for nan, inf in zip(nans, infs, strict=True)]
+
+
+def _here(x: Array) -> Array:
+    """An array of numbers as the kernels take it, on the current device."""
+    return cupy.ascontiguousarray(move(x, cupy.cuda.Device()), cupy.float64)
+
+
+def _scaling(leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]], grouped: bool) -> list[Any]:
+    """The kernel that scales, for each device: all are compiled before the first leaf is written."""
+    kernels = []
+    for device, here in places:
+        with cupy.cuda.Device(device):
+            kinds = table.kinds([leaves[i] for i in here], real=True)
+            kernels.append(compiler.compiled(programs.scale(kinds, grouped), "gradclip_scale"))
+    return kernels
 
 
 def _argument(bound: Scaled) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -10,11 +10,12 @@ import cupy
 from gradclip._types import Array
 
 
-def by_device(leaves: Sequence[Array], which: Iterable[int]) -> list[tuple[int, list[int]]]:
-    """The devices of some leaves, in order of appearance, and which leaves are there."""
+def by_device(leaves: Sequence[Array]) -> list[tuple[int, list[int]]]:
+    """The devices of the leaves that hold something, in order of appearance, and which leaves are there."""
     found: dict[int, list[int]] = {}
-    for i in which:
-        found.setdefault(leaves[i].device.id, []).append(i)
+    for i, leaf in enumerate(leaves):
+        if leaf.size:
+            found.setdefault(leaf.device.id, []).append(i)
     return list(found.items())
 
 
@@ -24,7 +25,7 @@ def move(x: Array, device: Any) -> Array:
     if source == device:
         return x
     with source:
-        x = cupy.ascontiguousarray(x)
+        x = x if x.flags.c_contiguous else x.copy(order="C")  # CuPy copies no other between devices
         made = cupy.cuda.get_current_stream().record()
     with device:
         stream = cupy.cuda.get_current_stream()

@@ -16,6 +16,15 @@ from typing import Any, TypeAlias
 Operand: TypeAlias = "Expression | float"
 
 
+def _operator(kind: str, form: str) -> Any:
+    """A method that prints as `form`."""
+
+    def method(self: Expression, other: Operand) -> Any:
+        return getattr(self.symbols, kind)(form, self, other)
+
+    return method
+
+
 class Expression:
     """A value in C: `form` with the names of `args` in it. Equal ones are one object, so nothing is computed twice."""
 
@@ -31,29 +40,13 @@ class Expression:
     def __bool__(self) -> bool:
         raise TypeError("an expression has no value yet: select with xp.where, do not branch")
 
-    def __add__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} + {}", self, other)
-
-    def __radd__(self, other: float) -> Expression:
-        return self.symbols.value("{} + {}", other, self)
-
-    def __sub__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} - {}", self, other)
-
-    def __rsub__(self, other: float) -> Expression:
-        return self.symbols.value("{} - {}", other, self)
-
-    def __mul__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} * {}", self, other)
-
-    def __rmul__(self, other: float) -> Expression:
-        return self.symbols.value("{} * {}", other, self)
-
-    def __truediv__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} / {}", self, other)
-
-    def __rtruediv__(self, other: float) -> Expression:
-        return self.symbols.value("{} / {}", other, self)
+    __add__, __radd__ = _operator("value", "{} + {}"), _operator("value", "{1} + {0}")
+    __sub__, __rsub__ = _operator("value", "{} - {}"), _operator("value", "{1} - {0}")
+    __mul__, __rmul__ = _operator("value", "{} * {}"), _operator("value", "{1} * {0}")
+    __truediv__, __rtruediv__ = _operator("value", "{} / {}"), _operator("value", "{1} / {0}")
+    __lt__, __gt__ = _operator("truth", "{} < {}"), _operator("truth", "{} > {}")
+    __le__, __ge__ = _operator("truth", "{} <= {}"), _operator("truth", "{} >= {}")
+    __eq__ = _operator("truth", "{} == {}")
 
     def __neg__(self) -> Expression:
         return self.symbols.value("-{}", self)
@@ -71,20 +64,14 @@ class Expression:
             return self.symbols.value(forms[float(power)], self)
         return self.symbols.value("pow({}, {})", self, power)
 
-    def __lt__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} < {}", self, other)
 
-    def __le__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} <= {}", self, other)
+def _function(kind: str, form: str) -> Any:
+    """A function of the namespace that prints as `form`."""
 
-    def __gt__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} > {}", self, other)
+    def method(self: Symbols, *operands: Operand) -> Any:
+        return getattr(self, kind)(form, *operands)
 
-    def __ge__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} >= {}", self, other)
-
-    def __eq__(self, other: Operand) -> Expression:  # type: ignore[override]
-        return self.symbols.truth("{} == {}", self, other)
+    return method
 
 
 class Symbols:
@@ -129,38 +116,12 @@ class Symbols:
     def where(self, mask: Expression, a: Operand, b: Operand) -> Expression:
         return self.value("{} ? {} : {}", mask, a, b)
 
-    def logical_and(self, a: Expression, b: Expression) -> Expression:
-        return self.truth("{} && {}", a, b)
-
-    def logical_or(self, a: Expression, b: Expression) -> Expression:
-        return self.truth("{} || {}", a, b)
-
-    def logical_not(self, a: Expression) -> Expression:
-        return self.truth("!{}", a)
-
-    def abs(self, x: Expression) -> Expression:
-        return self.value("fabs({})", x)
-
-    def sqrt(self, x: Expression) -> Expression:
-        return self.value("sqrt({})", x)
-
-    def log(self, x: Expression) -> Expression:
-        return self.value("log({})", x)
-
-    def maximum(self, a: Operand, b: Operand) -> Expression:
-        return self.value("larger({}, {})", a, b)
-
-    def minimum(self, a: Operand, b: Operand) -> Expression:
-        return self.value("smaller({}, {})", a, b)
-
-    def isnan(self, x: Expression) -> Expression:
-        return self.truth("{0} != {0}", x)
-
-    def isinf(self, x: Expression) -> Expression:
-        return self.truth("fabs({}) == {}", x, math.inf)
-
-    def isfinite(self, x: Expression) -> Expression:
-        return self.truth("fabs({}) < {}", x, math.inf)
+    logical_and, logical_or = _function("truth", "{} && {}"), _function("truth", "{} || {}")
+    logical_not = _function("truth", "!{}")
+    isnan, isinf = _function("truth", "{0} != {0}"), _function("truth", "fabs({}) == INFINITE")
+    isfinite = _function("truth", "fabs({}) < INFINITE")
+    abs, sqrt, log = _function("value", "fabs({})"), _function("value", "sqrt({})"), _function("value", "log({})")
+    maximum, minimum = _function("value", "larger({}, {})"), _function("value", "smaller({}, {})")
 
     def zeros_like(self, x: Expression) -> Expression:
         return self.number(0.0)

@@ -29,6 +29,10 @@ KINDS = {
 #: The kinds of real numbers.
 REAL = [name for name, kind in KINDS.items() if kind.component == name]
 
+# `widened`: the bits of a format with M bits of mantissa and E of exponent, shifted into those of a double, stand for
+# a number that is 2**(1023 - bias) too small; subnormal ones too. `narrowed`: the other way round, rounded once, to
+# nearest and ties to even; what is subnormal is a whole number of the smallest unit. The machine converts float32 where
+# nothing can be flushed. `larger` and `smaller`: NaN stays NaN.
 NUMBERS = """
 typedef unsigned long long u64;
 #define THREADS %(threads)d
@@ -41,8 +45,6 @@ struct Single { unsigned bits; };
 struct Double { u64 bits; };
 template <class R> struct Pair { R re, im; };
 
-// The bits of a format with M bits of mantissa and E of exponent, shifted into those of a double, stand for a number
-// that is 2**(1023 - bias) too small; subnormal ones too.
 template <int M, int E> __device__ __forceinline__ double widened(u64 bits) {
     const u64 sign = bits >> (M + E) << 63, rest = bits & ((1ull << (M + E)) - 1);
     const bool finite = rest < (((1ull << E) - 1) << M);
@@ -52,13 +54,12 @@ template <int M, int E> __device__ __forceinline__ double widened(u64 bits) {
         : __longlong_as_double((long long)((0x7ffull << 52) | (rest << (64 - M) >> 12)));
     return __longlong_as_double((long long)(sign | (u64)__double_as_longlong(size)));
 }
-// Rounded once, to nearest and ties to even; the other way round.
 template <int M, int E> __device__ __forceinline__ unsigned narrowed(double x) {
     const u64 bits = (u64)__double_as_longlong(x), bias = (1ull << (E - 1)) - 1;
     const unsigned sign = (unsigned)(bits >> 63) << (M + E), infinite = ((1u << E) - 1) << M;
     u64 size = bits & 0x7fffffffffffffffull;
     if (size > 0x7ff0000000000000ull) return sign | infinite | 1u << (M - 1);
-    if (size < (1024 - bias) << 52)  // subnormal: a whole number of the smallest unit
+    if (size < (1024 - bias) << 52)
         return sign | (unsigned)__double2ll_rn(
             __longlong_as_double((long long)size) * __longlong_as_double((long long)(1022 + bias + M) << 52));
     size += (1ull << (51 - M)) - 1 + (size >> (52 - M) & 1);
@@ -67,7 +68,7 @@ template <int M, int E> __device__ __forceinline__ unsigned narrowed(double x) {
 }
 __device__ __forceinline__ double widen(Half x) { return widened<10, 5>(x.bits); }
 __device__ __forceinline__ double widen(Brain x) { return widened<7, 8>(x.bits); }
-__device__ __forceinline__ double widen(Single x) {  // the conversion of the machine, where nothing can be flushed
+__device__ __forceinline__ double widen(Single x) {
     return x.bits & 0x7f800000u ? (double)__uint_as_float(x.bits) : widened<23, 8>(x.bits);
 }
 __device__ __forceinline__ double widen(Double x) { return __longlong_as_double((long long)x.bits); }
@@ -79,7 +80,6 @@ __device__ __forceinline__ void narrow(double x, Single& to) {
 __device__ __forceinline__ void narrow(double x, Double& to) { to.bits = (u64)__double_as_longlong(x); }
 __device__ __forceinline__ double as_float32(double x) { Single s; narrow(x, s); return widen(s); }
 
-// NaN stays NaN.
 __device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
 __device__ __forceinline__ double smaller(double a, double b) { return a < b || a != a ? a : b; }
 """

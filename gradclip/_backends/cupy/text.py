@@ -18,7 +18,8 @@ ENTRIES = 400
 ALIGNMENT = 256
 
 # Sums are kept as s + c, c the rounding errors of s (Knuth's two-sum). The intrinsics keep a product that is added from
-# being fused into one of the additions only, which would spoil c.
+# being fused into one of the additions only, which would spoil c. `across` joins what the threads of a block hold;
+# thread 0 has the result, which no other thread writes: no barrier is needed there.
 JOINING = """
 __device__ __forceinline__ void add(double& s, double x) { s += x; }
 __device__ __forceinline__ void add(double& s, double& c, double x) {
@@ -31,8 +32,6 @@ __device__ __forceinline__ double whole(double s, double c) { return fabs(c) < I
 __device__ __forceinline__ void clear(double* s, double* c) {
     for (int k = 0; k < %(slots)d; k++) s[k] = %(identity)s, c[k] = 0.0;
 }
-
-// Joins what the threads of a block hold; thread 0 has the result.
 __device__ __forceinline__ void across(double* s, double* c) {
     __shared__ double sums[THREADS], rests[THREADS];
     const unsigned me = threadIdx.x;
@@ -43,7 +42,7 @@ __device__ __forceinline__ void across(double* s, double* c) {
             if (me < half) merge(sums[me], rests[me], sums[me + half], rests[me + half]);
             __syncthreads();
         }
-        if (me == 0) s[k] = sums[0], c[k] = rests[0];  // no other thread writes there: no barrier is needed
+        if (me == 0) s[k] = sums[0], c[k] = rests[0];
     }
 }
 """
@@ -86,6 +85,10 @@ CHUNKS = """
     }
 """
 
+# One group (`keys` is null): a column for each block, whose chunks lie far apart, so that all blocks read side by side.
+# Several: each block has chunks that follow each other, and writes a column at the end of each group that it meets.
+# Column block + leaf, the leaf with which it began that group, is nobody else's: along the chunks both only grow.
+# Columns that are skipped so hold nothing, under the same key: keys never fall from column to column.
 MEASURE = """
 template <class T, class F> __device__ __forceinline__ void visit(const T* p, unsigned n, F f) {
     unsigned done = 0;
@@ -103,10 +106,6 @@ template <class T, class F> __device__ __forceinline__ void visit(const T* p, un
     for (unsigned i = done + threadIdx.x; i < n; i += THREADS) f(p[i]);
 }
 %(gather)s
-// One group (`keys` is null): a column for each block, whose chunks lie far apart, as memory likes it. Several: each
-// block has chunks that follow each other, and writes a column at the end of each group that it meets. Column
-// block + leaf, the leaf with which it began there, is nobody else's: along the chunks both only grow. Columns that are
-// skipped so hold nothing, under the same key; keys never fall from column to column.
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_measure(
     const Table t, double* columns, unsigned stride, unsigned at, unsigned* keys, const double* seen, unsigned groups
 ) {
@@ -198,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_row(const Row row
 }
 """
 
+# In place where `base` is null.
 SCALE = """
 template <class T> __device__ __forceinline__ T product(T x, double factor, double shift, bool keep) {
     T out = x;
@@ -221,7 +221,6 @@ template <class T> __device__ __forceinline__ void rewrite(
     }
     for (unsigned i = done + threadIdx.x; i < n; i += THREADS) to[i] = product(p[i], factor, shift, keep);
 }
-// In place where `base` is null.
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_scale(
     const Table t, const double* factors, const double* shifts, char* base
 ) {
