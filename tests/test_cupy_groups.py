@@ -268,9 +268,8 @@ def test_launches_for_a_group_of_each_of_a_thousand_leaves(
     labels: Any = "leaf" if per == "leaf" else [i % 500 for i in range(1000)]
     groups = members(labels, 1000)
     one = cupy.array(1.0, cupy.float32)
-    bound: Any = {"number": 1.0, "tree": {label: 1.0 + label for label in groups}}.get(
-        bounds, dict.fromkeys(groups, one)
-    )
+    each = {label: 1.0 + label if bounds == "tree" else one.copy() for label in groups}
+    bound: Any = 1.0 if bounds == "number" else each
     bound = list(bound.values()) if per == "leaf" and isinstance(bound, dict) else bound
     verb = gradclip.clip_grad_norm_ if in_place else gradclip.clip_grad_norm
     for _ in range(2):
