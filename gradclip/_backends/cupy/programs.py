@@ -21,7 +21,8 @@ from gradclip._backends.cupy.numbers import KINDS, NUMBERS, REAL
 from gradclip._backends.cupy.text import ALIGNMENT, IDENTITY, LEAVES
 from gradclip._decide import Bounds, decide
 from gradclip._norms import Norm, Seen, Terms
-from gradclip._scaled import Parts, Scaled, quotient
+from gradclip._parts import Parts
+from gradclip._scaled import Scaled, quotient
 from gradclip._types import Namespace, Nonfinite
 
 
