@@ -1,4 +1,4 @@
-"""The CUDA C that is written from the laws and the policy: its formulas, and that NVIDIA's compiler takes it all.
+"""The CUDA C that is written from the norms and the policy: its formulas, and that NVIDIA's compiler takes it all.
 
 The compiler is NVRTC, from PyPI (`pip install 'gradclip[nvrtc]'`); it needs no GPU. That nothing here has run on one
 stands in the README; what the kernels compute is tested in test_cupy_kernels.
@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import itertools
+import importlib.util
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gradclip._clip import _Bounds, _decide
-from gradclip._kernels import cuda, cuda_table
-from gradclip._kernels.cuda_text import KINDS, LEAVES, TABLE_BYTES
-from gradclip._kernels.expressions import Partial, Printed, Reduced, Symbols
-from gradclip._norms import TwoNorm, law
+import gradclip
+from gradclip._norms import Norm, TwoNorm, norm_for
+
+if importlib.util.find_spec("cupy") is None:
+    # The package itself imports CuPy; what writes and lays out text for it does not, and is here without it.
+    package = ModuleType("gradclip._backends.cupy")
+    package.__path__ = [str(Path(gradclip.__file__).parent / "_backends" / "cupy")]
+    sys.modules.setdefault(package.__name__, package)
+
+from gradclip._backends.cupy import programs, table
+from gradclip._backends.cupy.expressions import Printed, Symbols
+from gradclip._backends.cupy.numbers import KINDS, REAL
+from gradclip._backends.cupy.text import LEAVES, TABLE_BYTES
 
 INF = math.inf
 NORMS = [2.0, 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
@@ -101,49 +112,58 @@ def test_a_branch_on_an_expression_is_refused():
             branch()
 
 
-def test_partials_add_slot_by_slot():
-    xp = Symbols()
-    x, y, zero = xp.given("x"), xp.given("y"), xp.zeros_like(xp.given("x"))
-    out = Partial([Reduced("sum", x, True), zero]) + Partial([Reduced("sum", y), zero])
-    assert (out[0].element.form, out[0].exact, out[1].form) == ("{} + {}", True, "0.0")
-    with pytest.raises(AssertionError, match="do not add"):
-        Partial([xp.number(1.0)]) + Partial([zero])
-
-
-def test_what_is_written_is_the_law():
+def test_what_is_written_is_the_norm():
     """The plain sum of squares for narrow leaves; three bins, summed exactly, for others."""
-    narrow, wide = cuda.measure(TwoNorm(), 0, ("float32",)), cuda.measure(TwoNorm(), 0, ("complex128",))
+    narrow, wide = programs.measure(TwoNorm(), 0, ("float32",)), programs.measure(TwoNorm(), 0, ("complex128",))
     assert re.search(r"= re \* re;\s+add\(s\[1\], v\d+\);\s+}\);", narrow)
-    assert "s[0]," not in narrow.split("gather_float32")[1]
+    assert "s[0]," not in narrow.split("gather_float32")[1].split("gradclip_measure")[0]
     assert len(re.findall(r"add\(s\[[012]\], c\[[012]\], v\d+\);", wide)) == 3
 
 
 def test_programs_are_written_once():
-    assert cuda.measure(law(3.0), 1, ("float32",)) is cuda.measure(law(3.0), 1, ("float32",))
-    form = next(forms(2.0))
-    assert cuda.settle(_decide, form) is cuda.settle(_decide, form)
+    norm = norm_for(3.0, binned=True)
+    assert programs.measure(norm, 1, ("float32",)) is programs.measure(norm, 1, ("float32",))
+    assert programs.settle(norm) is programs.settle(norm_for(3.0, binned=True))
+
+
+def test_one_program_for_each_norm_settles_everything():
+    """Bounds, policies, dtypes, bins and groups are data to it; and one program serves all norms that are given."""
+    norms = [norm_for(p, binned) for p in (2.0, 1.0, 0.0, 3.0, INF, -INF) for binned in (True, False)]
+    assert len({programs.settle(norm) for norm in [*norms, None]}) == 7
+    for step in (0, 1):
+        found = {programs.joined(norm, step) for norm in norms if step < len(norm.ops)}
+        assert len(found) <= 4  # by operation and slots
+
+
+def test_bins_are_no_matter_of_the_program():
+    for p in NORMS:
+        wide, plain = norm_for(p, binned=True), norm_for(p, binned=False)
+        for step in range(len(wide.ops)):
+            assert programs.measure(wide, step, ("float16",)) == programs.measure(plain, step, ("float16",))
 
 
 # -- tables ---------------------------------------------------------------------------------------------------
 
 
-def test_tables_of_long_leaves_hold_every_element_once() -> None:
-    assert cuda_table.TABLE.itemsize == TABLE_BYTES
-    assert TABLE_BYTES + 4 * 8 <= 4096  # and the other parameters
+@pytest.mark.parametrize("grouped", [False, True])
+def test_tables_of_long_leaves_hold_every_element_once(grouped: bool) -> None:
+    assert table.TABLE[grouped].itemsize == TABLE_BYTES
+    assert TABLE_BYTES + 9 * 8 <= 4096  # and the other parameters
     lengths = [2**30, 1, 2**30 - 5, 2**28 + 3, 2**30, 65536, 4096, 2**30, 7] + [2**20 + 1] * 600
-    entry = cuda_table.Entry
-    lines = [entry(i % 3, 4096 * i, n, i) for i, n in enumerate(lengths)]
-    lines.sort(key=lambda line: line.kind)
+    entry = table.Entry
+    lines = [entry(i % 3, 4096 * i, n, i, i % 7 if grouped else 0) for i, n in enumerate(lengths)]
+    lines.sort(key=lambda line: (line.kind, line.group))
     held = []
-    for table in cuda_table.tables(lines):
-        n, bits = int(table["leaves"]), int(table["bits"])
-        assert n <= LEAVES
-        ends = [*table["first"][1:n].tolist(), int(table["chunks"])]
+    for one in table.tables(lines, grouped=grouped):
+        n, bits = int(one["leaves"]), int(one["bits"])
+        assert n <= LEAVES[grouped]
+        ends = [*one["first"][1:n].tolist(), int(one["chunks"])]
         for i in range(n):
-            chunks = ends[i] - int(table["first"][i])
-            kind = int(np.searchsorted(table["until"], i, side="right"))
-            length = (chunks - 1) * 2**bits + int(table["last"][i]) + 1
-            held.append(entry(kind, int(table["from"][i]), length, int(table["out"][i])))
+            chunks = ends[i] - int(one["first"][i])
+            kind = int(np.searchsorted(one["until"], i, side="right"))
+            length = (chunks - 1) * 2**bits + int(one["last"][i]) + 1
+            group = int(one["group"][i]) if grouped else 0
+            held.append(entry(kind, int(one["from"][i]), length, int(one["to"][i]), group))
     assert held == lines
 
 
@@ -196,21 +216,21 @@ def compiled(source: str, arch: str, *options: str) -> tuple[bytes, str]:
     return texts[1] if status == 0 else b"", texts[0].decode().strip("\0")
 
 
-def forms(p: float) -> Iterator[cuda.Form]:
-    """The forms of a call that differ in the code they need: dtypes, policies, and bounds by value or on the device."""
-    bounds = [("value", None, None), ("array", None, "value"), ("value", "array", "array"), ("array", "value", None)]
-    for (narrow, wide), kinds in itertools.product([(True, False), (False, True)], bounds):
-        yield cuda.Form(law(p), "zero" if wide else "propagate", narrow, wide, _Bounds(*kinds))
-
-
-def programs(p: float) -> Iterator[tuple[str, str, list[str]]]:
+def programs_of(norm: Norm) -> Iterator[tuple[str, str, list[str]]]:
     """Every kernel for a norm: its name, its source and CuPy's options."""
-    rule = law(p)
-    for step in range(len(rule.ops)):
-        yield "gradclip_measure", cuda.measure(rule, step, tuple(KINDS)), []
-        yield "gradclip_settle", cuda.joined(rule, step), []
-    for form in forms(p):
-        yield "gradclip_settle", cuda.settle(_decide, form).source, ["--fmad=false"]
+    for step in range(len(norm.ops)):
+        yield "gradclip_measure", programs.measure(norm, step, tuple(KINDS)), []
+        yield "gradclip_join", programs.joined(norm, step), []
+    if not isinstance(norm, programs.Census):
+        yield "gradclip_settle", programs.settle(norm), ["--fmad=false"]
+
+
+OTHERS = [
+    *(("gradclip_scale", programs.scale(tuple(REAL), grouped), []) for grouped in (False, True)),
+    ("gradclip_settle", programs.settle(None), ["--fmad=false"]),
+    ("gradclip_row", programs.row(), []),
+    *programs_of(programs.Census()),
+]
 
 
 @needs_nvrtc
@@ -220,8 +240,7 @@ def programs(p: float) -> Iterator[tuple[str, str, list[str]]]:
 def test_every_kernel_compiles(arch: int, p: float) -> None:
     if arch not in architectures():
         pytest.skip(f"this NVRTC does not know sm_{arch}")
-    scaling = [("gradclip_scale", cuda.scale(("float16", "bfloat16", "float32", "float64")), [])] if p == 2 else []
-    for name, source, options in [*programs(p), *scaling]:
+    for name, source, options in [*programs_of(norm_for(p, binned=True)), *(OTHERS if p == 2 else [])]:
         code, log = compiled(source, f"sm_{arch}", *options)
         assert code.startswith(b"\x7fELF"), log
         assert name.encode() in code
@@ -230,17 +249,20 @@ def test_every_kernel_compiles(arch: int, p: float) -> None:
 
 @needs_nvrtc
 def test_the_compiler_sees_errors_and_the_table_is_as_the_host_lays_it_out() -> None:
-    source, arch = cuda.scale(("float32",)), max(set(NEEDED) & set(architectures()))
-    code, log = compiled(source.replace("unsigned out[", "u64 out["), f"sm_{arch}")
-    assert code == b""
-    assert "the host lays it out otherwise" in log
+    arch = max(set(NEEDED) & set(architectures()))
+    for grouped in (False, True):
+        source = programs.scale(("float32",), grouped)
+        code, log = compiled(source.replace("unsigned to[", "u64 to["), f"sm_{arch}")
+        assert code == b""
+        assert "the host lays it out otherwise" in log
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
 def test_loads_are_wide_and_the_table_is_not_copied(kind: str) -> None:
     """16 bytes are loaded and stored at a time, and the table is read where it came: no thread has a copy of it."""
-    for source in (cuda.measure(law(2.0), 0, (kind,)), cuda.scale((kind,))):
+    scaling = [programs.scale((kind,), grouped) for grouped in (False, True)]
+    for source in (programs.measure(TwoNorm(), 0, (kind,)), *scaling):
         code, log = compiled(source, "compute_80")
         assert re.search(rb"ld\.global\.v(4\.u32|2\.[uf]64)", code), log
         assert b".local" not in code

@@ -18,6 +18,9 @@ import exact
 import gradclip
 from backends import MISSING, np_dtype
 from devices import host, on
+from gradclip._backends.generic import Backend
+from gradclip._groups import Groups
+from gradclip._scaled import Factors
 
 pytestmark = [
     pytest.mark.library("cupy"),
@@ -25,12 +28,11 @@ pytestmark = [
 ]
 here = "cupy" not in MISSING
 cupy: Any = importlib.import_module("cupy") if here else None
-kernels: Any = importlib.import_module("gradclip._kernels.cupy") if here else None
-compiler: Any = importlib.import_module("gradclip._kernels.cupy_compiler") if here else None
-cuda_table: Any = importlib.import_module("gradclip._kernels.cuda_table") if here else None
-cuda = importlib.import_module("gradclip._kernels.cuda")
-text = importlib.import_module("gradclip._kernels.cuda_text")
-generic = importlib.import_module("gradclip._kernels.generic")
+backend: Any = importlib.import_module("gradclip._backends.cupy") if here else None
+compiler: Any = importlib.import_module("gradclip._backends.cupy.compiler") if here else None
+table: Any = importlib.import_module("gradclip._backends.cupy.table") if here else None
+programs: Any = importlib.import_module("gradclip._backends.cupy.programs") if here else None
+text: Any = importlib.import_module("gradclip._backends.cupy.text") if here else None
 
 INF = math.inf
 NORMS = [2.0, 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
@@ -92,9 +94,14 @@ def random_tree(seed: int, names: list[str], devices: int = 1) -> tuple[list[Any
 
 
 def as_oracle(patch: pytest.MonkeyPatch) -> None:
-    """From here on, CuPy arrays are clipped by the generic kernels."""
-    for name in ("partials", "staged", "argument", "scale", "scale_into"):
-        patch.setattr(kernels.CupyKernels, name, getattr(generic.Kernels, name))
+    """From here on, CuPy arrays are clipped by the generic backend."""
+    for name in ("number", "partials", "partial", "decide", "scale"):
+        patch.setattr(backend.CupyBackend, name, getattr(Backend, name))
+
+
+def scaled(leaf: Any, factor: Any, shift: Any) -> Any:
+    (out,) = backend.CupyBackend().scale([leaf], Factors(factor, shift), Groups((0,), 1, (False,)), in_place=False)
+    return out
 
 
 def check_near(got: np.ndarray, want: np.ndarray) -> None:
@@ -247,8 +254,7 @@ def test_numbers_are_read_exactly_and_rounded_once(name: str, factor: float, shi
         leaf = cupy.array(x)
     except (TypeError, ValueError):
         pytest.skip(f"this CuPy has no {name}")
-    by = cupy.array(factor), None if shift is None else cupy.array(shift)
-    (got,) = kernels.CupyKernels().scale([leaf], *by)
+    got = scaled(leaf, cupy.array(factor), None if shift is None else cupy.array(shift))
     assert got.dtype == x.dtype
     with np.errstate(all="ignore"):
         want = nearest(x.astype(np.float64) * (1.0 if shift is None else shift**2) * factor, name)
@@ -267,11 +273,11 @@ def test_factors_that_are_no_products(name: str) -> None:
         leaf = cupy.array(x)
     except (TypeError, ValueError):
         pytest.skip(f"this CuPy has no {name}")
-    scale, one = kernels.CupyKernels().scale, cupy.array(1.0)
+    one = cupy.array(1.0)
     for shift in (None, one):
-        assert host(scale([leaf], one, shift)[0]).tobytes() == x.tobytes()
-    assert host(scale([leaf], cupy.array(0.0), one)[0]).tobytes() == bytes(x.nbytes)
-    assert np.isnan(host(scale([leaf], cupy.array(np.nan), None)[0]).astype(np.complex128)).all()
+        assert host(scaled(leaf, one, shift)).tobytes() == x.tobytes()
+    assert host(scaled(leaf, cupy.array(0.0), one)).tobytes() == bytes(x.nbytes)
+    assert np.isnan(host(scaled(leaf, cupy.array(np.nan), None)).astype(np.complex128)).all()
 
 
 @pytest.mark.skipif(not here, reason="cupy is not here")
@@ -380,7 +386,8 @@ def test_all_reduce_gets_one_partial_of_few_launches(counter: Any) -> None:  # n
         seen.append((partial.shape, op))
         return partial * 2 if op == "sum" else partial
 
-    for p, shapes in ((2.0, [((3,), "sum")]), (3.0, [((3,), "max"), ((1,), "sum")])):
+    # After the last pass, one row more tells whose norms are float64.
+    for p, shapes in ((2.0, [((4, 1), "sum")]), (3.0, [((3, 1), "max"), ((2, 1), "sum")])):
         seen.clear()
         norm = gradclip.global_norm(leaves, p, all_reduce=twice)
         assert seen == shapes
@@ -390,8 +397,11 @@ def test_all_reduce_gets_one_partial_of_few_launches(counter: Any) -> None:  # n
     if counter is not None:
         with counter.record() as r:
             gradclip.clip_grad_norm(leaves, 1.0, all_reduce=twice)
-        assert r["kernel"] == 4 + 1 + 1 + 1 + 4, r  # measured, joined, doubled, settled, scaled
+        # Measured, joined, a row of flags made and put below (one launch each, and one for what is above), doubled,
+        # settled, scaled.
+        assert r["kernel"] == 4 + 1 + 3 + 1 + 1 + 4, r
         assert r.synced == 0, r
+        assert r["h2d"] == r["d2h"] == 0, r
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
@@ -443,7 +453,7 @@ def test_leaves_that_overlap_are_scaled_once() -> None:
 
 @pytest.mark.parametrize("p", [2.0, 3.0])
 def test_leaves_longer_than_an_entry(monkeypatch: pytest.MonkeyPatch, p: float) -> None:
-    monkeypatch.setattr(cuda_table, "LONGEST", 512)
+    monkeypatch.setattr(table, "LONGEST", 512)
     rng = np.random.default_rng(0)
     values = [drawn(rng, (n,), name, -3, 3) for n, name in ((3000, "float32"), (512, "float16"), (1025, "complex128"))]
     leaves = [cupy.array(x) for x in values]
@@ -631,7 +641,7 @@ def test_what_a_graph_writes_to_is_given_to_nobody_else(
         assert all((other.get(stream=stream) == 7.0).all() for other in others)
 
     if not compiles:
-        monkeypatch.setattr(kernels, "compiled", refused)
+        monkeypatch.setattr(compiler, "compiled", refused)
     pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
     with cupy.cuda.using_allocator(pool.malloc), stream:
         check()
@@ -715,8 +725,7 @@ def test_a_kernel_that_does_not_compile_is_replaced_with_one_warning(
     wrong = f"#error {which} {p} is broken on purpose\n"
     monkeypatch.setattr(compiler, "_failures", [])
     for name in ("measure", "joined", "settle", "scale") if which == "all" else (which,):
-        broken = cuda.Settled(wrong, True) if name == "settle" else wrong + name
-        monkeypatch.setattr(cuda, name, lambda *args, broken=broken: broken)
+        monkeypatch.setattr(programs, name, lambda *args, broken=wrong + name: broken)
     values = [np.float32([3.0, -4.0, 1.0]), np.float16([0.5]), np.array(2.0)]
     want = exact.norm(values, p)
 
@@ -745,18 +754,18 @@ def test_other_shards_are_called_once_even_if_a_kernel_does_not_compile(
 ) -> None:
     """A second call would wait for ever for shards that have gone on."""
     monkeypatch.setattr(compiler, "_failures", ["warned already"])
-    real, ops = getattr(cuda, which), []
+    real, ops = getattr(programs, which), []
 
     def broken(*args: Any) -> Any:
         if which == "settle":
-            return cuda.Settled("#error settle is broken on purpose", True)
+            return "#error settle is broken on purpose"
         return real(*args) if args[1] == 0 else f"#error {which} is broken in the second pass"
 
     def all_reduce(partial: Any, op: str) -> Any:
         ops.append(op)
         return partial
 
-    monkeypatch.setattr(cuda, which, broken)
+    monkeypatch.setattr(programs, which, broken)
     values = [np.float32([3.0, -4.0]), np.array([1.0, 2.0])]
     out = gradclip.clip_grad_norm([cupy.array(x) for x in values], 1.0, 3.0, all_reduce=all_reduce)
     assert ops == ["max", "sum"]

@@ -31,8 +31,8 @@ class Communicator:
     The other rank holds `grads`. Its partials are taken from a call of gradclip, which is told to join nothing.
     """
 
-    def __init__(self, rank: int, grads: Any, p: float) -> None:
-        self.rank, self.calls, self.streams = rank, [], []
+    def __init__(self, rank: int, grads: Any, p: float, device: int = 0) -> None:
+        self.rank, self.calls, self.streams, self.device = rank, [], [], device
         self.grads, self.p = grads, p
         self.sent = b""
         self.passes: list[Any] = []
@@ -43,9 +43,18 @@ class Communicator:
     def size(self) -> int:
         return 2
 
+    def device_id(self) -> int:
+        return self.device
+
+    def check_device(self, *pointers: int) -> None:
+        """NCCL wants its own device to be the current one, and the buffers there."""
+        assert cupy.cuda.runtime.getDevice() == self.device
+        assert all(cupy.cuda.runtime.pointerGetAttributes(p).device == self.device for p in pointers)
+
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
         assert all(type(x) is int for x in (sendbuf, recvbuf, count, datatype, op, stream))
         assert datatype == 8, "ncclFloat64"
+        self.check_device(sendbuf, recvbuf)
         passed = len(self.calls)
         self.calls.append((NAMES[op], count))
         self.streams.append(stream)
@@ -55,14 +64,15 @@ class Communicator:
         def other(partial: Any, name: str) -> Any:
             i = next(asked)
             if i == passed:  # the pass that this call joins
-                self.passes.append(JOIN[name](mine.get(), partial))
-                out.set(self.passes[i])
+                self.passes.append(JOIN[name](mine.get().reshape(partial.shape), partial))
+                out.set(self.passes[i].reshape(-1))
             return self.passes[i] if i <= passed else partial
 
         gradclip.global_norm(self.grads, self.p, all_reduce=other)
 
     def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
         assert datatype == 1, "ncclUint8"
+        self.check_device(sendbuf, recvbuf)
         self.sent = bytes(view(sendbuf, count, np.uint8).get())
         table = np.zeros((2, count), np.uint8)
         table[self.rank] = np.frombuffer(self.sent, np.uint8)
@@ -98,7 +108,7 @@ def test_one_call_joins_the_ranks(p: float, rank: int) -> None:
     np.testing.assert_allclose(out.grads["shared"].get(), shared * factor, rtol=1e-6)
     np.testing.assert_allclose(out.grads["own"].get(), MINE * factor, rtol=1e-6)
     assert len(comm.calls) == (1 if p in (2, 1, 0, INF, -INF) else 2)
-    assert all(count <= 3 for _, count in comm.calls)
+    assert all(count <= 4 for _, count in comm.calls)
     assert set(comm.streams) == {stream.ptr}, "the current stream, as everything else"
 
 
@@ -115,12 +125,12 @@ def test_an_iterator_of_flags_is_read_once() -> None:
 
 
 def test_a_rank_without_leaves_joins_in() -> None:
-    """Its norm is float32, as an empty tree's is: NCCL's ranks do not tell each other dtypes."""
+    """Its norm is float64, for another rank has told that it has such leaves."""
     comm = Communicator(0, [OTHER], 2.0)
     out = gradclip.clip_grad_norm([], 0.5, all_reduce=gradclip.distributed.nccl(comm))
-    exact.check_norm(out.norm, exact.norm([OTHER]), "float32")
-    assert out.norm.dtype == np.float32
-    assert comm.calls == [("sum", 3)]
+    exact.check_norm(out.norm, exact.norm([OTHER]), "float64")
+    assert out.norm.dtype == np.float64
+    assert comm.calls == [("sum", 4)]
 
 
 def test_error_names_rank_and_path() -> None:
@@ -132,7 +142,36 @@ def test_error_names_rank_and_path() -> None:
     ):
         gradclip.clip_grad_norm(bad, 1.0, nonfinite="error", all_reduce=gradclip.distributed.nccl(comm))
     assert len(comm.sent) == 4096
-    assert comm.calls == [("sum", 3)]
+    assert comm.calls == [("sum", 4)]
+
+
+@pytest.mark.parametrize(("device", "leaf", "current"), [(1, 1, 0), (1, 0, 0), (0, 1, 1), (0, 1, 0)])
+def test_it_joins_and_gathers_on_the_communicators_device(device: int, leaf: int, current: int) -> None:
+    """Whichever is the leaves' and the current one."""
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    for p in (2.0, 3.0):
+        comm = Communicator(1, [OTHER], p, device)
+        joined = gradclip.distributed.nccl(comm, [False, True])
+        with cupy.cuda.Device(leaf):
+            grads = [cupy.asarray(MINE), cupy.asarray(np.float32([5]))]
+            bad = [cupy.asarray(np.float32([1, math.nan]))]
+        with cupy.cuda.Device(current):
+            out = gradclip.clip_grad_norm(grads, 0.5, p, all_reduce=joined)
+            assert out.norm.device.id == out.grads[0].device.id == leaf
+            assert cupy.cuda.runtime.getDevice() == current
+            with out.norm.device:
+                exact.check_norm(out.norm.get(), exact.norm([MINE, OTHER], p), "float32", 8)
+            if p == 2:
+                comm.calls.clear()
+                comm.passes.clear()
+                with pytest.raises(gradclip.NonFiniteError, match="rank 0 of 2"):
+                    gradclip.clip_grad_norm(bad, 1.0, nonfinite="error", all_reduce=gradclip.distributed.nccl(comm))
+                assert len(comm.sent) == 4096
+                comm.calls.clear()
+                comm.passes.clear()
+                empty = gradclip.clip_grad_norm([], 0.5, all_reduce=gradclip.distributed.nccl(comm))
+                exact.check_norm(empty.norm, exact.norm([OTHER]), "float32")
 
 
 def test_what_is_refused() -> None:

@@ -147,7 +147,7 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
     Parameters
     ----------
     comm : cupy.cuda.nccl.NcclCommunicator
-        The norm is that of all leaves on the ranks of this communicator. Its device must be the current one.
+        The norm is that of all leaves on the ranks of this communicator. Its own device is where it joins.
     replicated : tree of bool, optional
         A tree prefix of the gradients: True for leaves of which all ranks hold equal copies. Those of rank 0 count.
 
@@ -163,9 +163,9 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
 
     Notes
     -----
-    One `allReduce` of at most 3 float64 numbers on the current stream; two for p outside 0, 1, 2, inf, -inf. The host
-    does not wait, except on a rank without leaves. The ranks must agree on all arguments and on whether there are
-    64-bit leaves: NCCL would not tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one
+    One `allReduce` of at most 4 float64 numbers for each group, on the current stream of the communicator's device; two
+    for p outside 0, 1, 2, inf, -inf. The host does not wait, except on a rank without leaves. The ranks must agree on
+    all arguments: NCCL would not tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one
     `allGather` in that case only; each rank's text is cut at 4,096 bytes.
 
     Examples

@@ -7,6 +7,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from gradclip._backends.cupy.devices import move
 from gradclip._types import Array, Call, ReduceOp, Tree
 from gradclip.distributed._ranks import Ranks
 
@@ -21,7 +22,9 @@ class Nccl(Ranks):
     """See `gradclip.distributed.nccl`."""
 
     def __init__(self, comm: Any, replicated: Tree) -> None:
-        if not all(callable(getattr(comm, name, None)) for name in ("allReduce", "allGather", "rank_id", "size")):
+        if not all(
+            callable(getattr(comm, name, None)) for name in ("allReduce", "allGather", "rank_id", "size", "device_id")
+        ):
             raise TypeError(f"nccl takes a cupy.cuda.nccl.NcclCommunicator, got {comm!r} of type {type(comm).__name__}")
         super().__init__(comm, replicated)
 
@@ -30,14 +33,17 @@ class Nccl(Ranks):
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         if isinstance(partial, np.ndarray | np.generic):  # a rank without leaves
-            return self._joined(cupy.asarray(partial), op).get()
+            with self._device():
+                return self._joined(cupy.asarray(partial), op).get()
         if not isinstance(partial, cupy.ndarray):
             raise TypeError(f"nccl joins CuPy arrays, and these gradients are of {type(partial).__module__}")
-        return self._joined(partial, op)
+        with self._device() as device:
+            return move(self._joined(move(partial, device), op), partial.device)
 
     def _joined(self, partial: Any, op: ReduceOp) -> Any:
         if partial.dtype != np.float64:
             raise TypeError(f"nccl joins float64 partials, got {partial.dtype}")
+        partial = cupy.ascontiguousarray(partial)
         out = cupy.empty_like(partial)
         stream = cupy.cuda.get_current_stream().ptr
         self.comm.allReduce(partial.data.ptr, out.data.ptr, partial.size, _FLOAT64, _OPS[op], stream)
@@ -45,8 +51,13 @@ class Nccl(Ranks):
 
     def gather(self, text: str) -> list[str]:
         raw = text.encode()[:_TEXT]
-        sent = cupy.asarray(np.frombuffer(raw.ljust(_TEXT, b"\0"), np.uint8))
-        got = cupy.empty((self.comm.size(), _TEXT), np.uint8)
-        stream = cupy.cuda.get_current_stream().ptr
-        self.comm.allGather(sent.data.ptr, got.data.ptr, _TEXT, _UINT8, stream)
-        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in got.get()]
+        with self._device():
+            sent = cupy.asarray(np.frombuffer(raw.ljust(_TEXT, b"\0"), np.uint8))
+            got = cupy.empty((self.comm.size(), _TEXT), np.uint8)
+            stream = cupy.cuda.get_current_stream().ptr
+            self.comm.allGather(sent.data.ptr, got.data.ptr, _TEXT, _UINT8, stream)
+            return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in got.get()]
+
+    def _device(self) -> Any:
+        """The communicator's device: to be open around all that is asked of it, whatever the leaves' is."""
+        return cupy.cuda.Device(self.comm.device_id())

@@ -10,13 +10,19 @@ Only what those rooms call is here. A bool of an expression raises: a branch can
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from gradclip._types import ReduceOp
-
 Operand: TypeAlias = "Expression | float"
+
+
+def _operator(kind: str, form: str) -> Any:
+    """A method that prints as `form`."""
+
+    def method(self: Expression, other: Operand) -> Any:
+        return getattr(self.symbols, kind)(form, self, other)
+
+    return method
 
 
 class Expression:
@@ -34,29 +40,13 @@ class Expression:
     def __bool__(self) -> bool:
         raise TypeError("an expression has no value yet: select with xp.where, do not branch")
 
-    def __add__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} + {}", self, other)
-
-    def __radd__(self, other: float) -> Expression:
-        return self.symbols.value("{} + {}", other, self)
-
-    def __sub__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} - {}", self, other)
-
-    def __rsub__(self, other: float) -> Expression:
-        return self.symbols.value("{} - {}", other, self)
-
-    def __mul__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} * {}", self, other)
-
-    def __rmul__(self, other: float) -> Expression:
-        return self.symbols.value("{} * {}", other, self)
-
-    def __truediv__(self, other: Operand) -> Expression:
-        return self.symbols.value("{} / {}", self, other)
-
-    def __rtruediv__(self, other: float) -> Expression:
-        return self.symbols.value("{} / {}", other, self)
+    __add__, __radd__ = _operator("value", "{} + {}"), _operator("value", "{1} + {0}")
+    __sub__, __rsub__ = _operator("value", "{} - {}"), _operator("value", "{1} - {0}")
+    __mul__, __rmul__ = _operator("value", "{} * {}"), _operator("value", "{1} * {0}")
+    __truediv__, __rtruediv__ = _operator("value", "{} / {}"), _operator("value", "{1} / {0}")
+    __lt__, __gt__ = _operator("truth", "{} < {}"), _operator("truth", "{} > {}")
+    __le__, __ge__ = _operator("truth", "{} <= {}"), _operator("truth", "{} >= {}")
+    __eq__ = _operator("truth", "{} == {}")
 
     def __neg__(self) -> Expression:
         return self.symbols.value("-{}", self)
@@ -74,44 +64,14 @@ class Expression:
             return self.symbols.value(forms[float(power)], self)
         return self.symbols.value("pow({}, {})", self, power)
 
-    def __lt__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} < {}", self, other)
 
-    def __le__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} <= {}", self, other)
+def _function(kind: str, form: str) -> Any:
+    """A function of the namespace that prints as `form`."""
 
-    def __gt__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} > {}", self, other)
+    def method(self: Symbols, *operands: Operand) -> Any:
+        return getattr(self, kind)(form, *operands)
 
-    def __ge__(self, other: Operand) -> Expression:
-        return self.symbols.truth("{} >= {}", self, other)
-
-    def __eq__(self, other: Operand) -> Expression:  # type: ignore[override]
-        return self.symbols.truth("{} == {}", self, other)
-
-
-@dataclass(frozen=True, eq=False)
-class Reduced:
-    """A reduction of an expression over all elements. `exact`: the sum is to be as good as that of `Kernels.total`."""
-
-    op: ReduceOp
-    element: Expression
-    exact: bool = False
-
-
-class Partial(tuple["Reduced | Expression", ...]):
-    """What `xp.stack` gives: the slots of a partial, each a reduction, or the constant 0."""
-
-    def __add__(self, other: Any) -> Partial:  # slot by slot, as arrays add
-        return Partial(self._sum(a, b) for a, b in zip(self, other, strict=True))
-
-    @staticmethod
-    def _sum(a: Any, b: Any) -> Any:
-        if isinstance(a, Reduced) and isinstance(b, Reduced):
-            assert a.op == b.op == "sum"
-            return Reduced("sum", a.element + b.element, a.exact or b.exact)
-        assert (a.form, b.form) == ("0.0", "0.0"), "two slots of a partial that do not add"
-        return a
+    return method
 
 
 class Symbols:
@@ -138,9 +98,9 @@ class Symbols:
     def truth(self, form: str, *operands: Operand) -> Expression:
         return self._make("bool", form, operands)
 
-    def given(self, name: str, *, varies: bool = False) -> Expression:
+    def given(self, name: str, *, varies: bool = False, kind: str = "float64") -> Expression:
         """A value that the C code has under this name; `varies`: from element to element."""
-        return self._make("float64", name, (), varies)
+        return self._make(kind, name, (), varies)
 
     def number(self, value: float) -> Expression:
         """A constant. `repr` gives the digits that make exactly this number."""
@@ -156,66 +116,25 @@ class Symbols:
     def where(self, mask: Expression, a: Operand, b: Operand) -> Expression:
         return self.value("{} ? {} : {}", mask, a, b)
 
-    def logical_and(self, a: Expression, b: Expression) -> Expression:
-        return self.truth("{} && {}", a, b)
+    logical_and, logical_or = _function("truth", "{} && {}"), _function("truth", "{} || {}")
+    logical_not = _function("truth", "!{}")
+    isnan, isinf = _function("truth", "{0} != {0}"), _function("truth", "fabs({}) == INFINITE")
+    isfinite = _function("truth", "fabs({}) < INFINITE")
+    abs, sqrt, log = _function("value", "fabs({})"), _function("value", "sqrt({})"), _function("value", "log({})")
+    maximum, minimum = _function("value", "larger({}, {})"), _function("value", "smaller({}, {})")
 
-    def logical_or(self, a: Expression, b: Expression) -> Expression:
-        return self.truth("{} || {}", a, b)
-
-    def logical_not(self, a: Expression) -> Expression:
-        return self.truth("!{}", a)
-
-    def abs(self, x: Expression) -> Expression:
-        return self.value("fabs({})", x)
-
-    def sqrt(self, x: Expression) -> Expression:
-        return self.value("sqrt({})", x)
-
-    def log(self, x: Expression) -> Expression:
-        return self.value("log({})", x)
-
-    def maximum(self, a: Operand, b: Operand) -> Expression:
-        return self.value("larger({}, {})", a, b)
-
-    def minimum(self, a: Operand, b: Operand) -> Expression:
-        return self.value("smaller({}, {})", a, b)
-
-    def isnan(self, x: Expression) -> Expression:
-        return self.truth("{0} != {0}", x)
-
-    def isinf(self, x: Expression) -> Expression:
-        return self.truth("fabs({}) == {}", x, math.inf)
-
-    def isfinite(self, x: Expression) -> Expression:
-        return self.truth("fabs({}) < {}", x, math.inf)
-
-    def zeros_like(self, x: Expression | Reduced) -> Expression:
+    def zeros_like(self, x: Expression) -> Expression:
         return self.number(0.0)
 
-    def ones_like(self, x: Expression | Reduced) -> Expression:
+    def ones_like(self, x: Expression) -> Expression:
         return self.number(1.0)
 
-    def full_like(self, x: Expression | Reduced, value: float) -> Expression:
+    def full_like(self, x: Expression, value: float) -> Expression:
         return self.number(value)
 
     def astype(self, x: Expression, dtype: str) -> Expression:
         """float32 stays a double in C, rounded: every float32 is one, and what reads it computes in double."""
         return self._make("float32", "as_float32({})", (x,)) if dtype == "float32" else self.value("{}", x)
-
-    def stack(self, slots: Iterable[Reduced | Expression]) -> Partial:
-        return Partial(slots)
-
-    def sum(self, x: Expression) -> Reduced:
-        return Reduced("sum", x)
-
-    def total(self, x: Expression, axis: int | None = None) -> Reduced:
-        return Reduced("sum", x, exact=True)
-
-    def max(self, x: Expression) -> Reduced:
-        return Reduced("max", x)
-
-    def min(self, x: Expression) -> Reduced:
-        return Reduced("min", x)
 
 
 class Printed:

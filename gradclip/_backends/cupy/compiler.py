@@ -22,14 +22,9 @@ def compiled(source: str, name: str, *options: str) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _kernel(source: str, name: str, options: tuple[str, ...]) -> Any:
-    return cupy.RawKernel(source, name, options=options)
-
-
-@lru_cache(maxsize=1024)
 def _loaded(source: str, name: str, options: tuple[str, ...], device: int) -> Any:
     """The kernel, loaded on a device; None if that cannot be."""
-    kernel = _kernel(source, name, options)
+    kernel = cupy.RawKernel(source, name, options=options)
     try:
         kernel.compile()
     except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError) as error:
