@@ -24,11 +24,8 @@ from gradclip._parts import Parts, hypot, longest_of, pick, unit
 from gradclip._scaled import RANGES, Scaled, magnitudes, moderate, range_of, rounded
 from gradclip._types import Array, Namespace, ReduceOp
 
-Seen: TypeAlias = tuple[Array, ...]
-"""The joined partials of the passes before, each indexed by its slots."""
-
-Terms: TypeAlias = tuple[Array | None, ...]
-"""One array a slot, of the elements' shape; None for a slot that gets nothing."""
+Seen: TypeAlias = tuple[Array, ...]  # the joined partials of the passes before, each indexed by its slots
+Terms: TypeAlias = tuple[Array | None, ...]  # an array a slot, of the elements' shape; None: the slot gets nothing
 
 
 @dataclass(frozen=True)
@@ -296,12 +293,9 @@ class PowerNorm(Norm):
 @lru_cache(256)
 def norm_for(norm_type: float, binned: bool) -> Norm:
     """The p-norm, p = `norm_type` (a float that is not NaN)."""
-    if norm_type == 2:
-        return TwoNorm(binned)
-    if norm_type == 1:
-        return OneNorm(binned)
-    if norm_type == 0:
-        return CountNorm(binned)
+    simple = {2.0: TwoNorm, 1.0: OneNorm, 0.0: CountNorm}.get(norm_type)
+    if simple:
+        return simple(binned)
     op: ReduceOp = "max" if norm_type > 0 else "min"
     if math.isinf(norm_type):
         return ExtremeNorm(binned, (op,), sign=1 if norm_type > 0 else -1)

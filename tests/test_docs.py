@@ -103,7 +103,7 @@ def run_markdown(text: str, name: str) -> int:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name):
-    library = NEEDS.get(name) or name.rpartition("._kernels.")[2]
+    library = NEEDS.get(name) or name.partition("._backends.")[2].split(".")[0]
     if library in MISSING or (library in ("cupy", *NEEDS.values()) and importlib.util.find_spec(library) is None):
         pytest.skip(f"{name} needs {library}: {MISSING.get(library, 'not installed')}")
     module = importlib.import_module(name)
@@ -121,7 +121,7 @@ def test_docstrings(name):
 def test_every_public_function_has_an_example_that_was_run():
     found = {
         t.name
-        for module in ("gradclip._clip", "gradclip._clip_value", "gradclip._kernels.threads")
+        for module in ("gradclip._clip", "gradclip._clip_value", "gradclip._threads")
         for t in doctest.DocTestFinder().find(importlib.import_module(module), "gradclip")
         if t.examples
     }

@@ -314,8 +314,8 @@ def test_numpy_threads() -> None:
                 for a, b in zip(out.grads, alone[i].grads, strict=True):
                     assert np.array_equal(a, b)
                 assert norm <= alone[i].norm
-    for out, leaves in zip(alone, mine, strict=True):
-        for a, b in zip(out.grads, leaves, strict=True):
+    for out, clipped in zip(alone, mine, strict=True):
+        for a, b in zip(out.grads, clipped, strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-6)
 
 

@@ -108,7 +108,7 @@ def test_a_trillion_elements(p: float, dtype: str, kind: str, order: Any) -> Non
     def all_reduce(partial: Any, op: str) -> Any:
         tables.append(order(op, partials(law(p), counts, values, tuple(tables))))
         asked.append(op)
-        # One column, as there is one group; the last row of what came says whether norms are float64, which it joins by.
+        # One column, as there is one group; the last row of what came says whether norms are float64.
         return None if partial is None else np.append(tables[-1], partial[len(tables[-1]) :, 0])[:, None]
 
     with np.errstate(all="ignore"), mpmath.workdps(60):
