@@ -30,10 +30,10 @@ Terms: TypeAlias = tuple[Array | None, ...]  # an array a slot, of the elements'
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm. `binned`: whether sums need bins, since a square or a sum may leave the range of the accumulation dtype.
+    """A norm. `binned`: whether sums need bins, since a square may leave the range of the accumulation dtype.
 
-    That is settled once, when the norm of a call is made. A leaf whose own squares stay in the range may contribute by
-    the `plain` norm to a binned one, never the other way round.
+    That is settled once, when the norm of a call is made. Leaves whose squares stay in it may contribute by the `plain`
+    norm to a binned one, never the other way round.
     """
 
     binned: bool = True
