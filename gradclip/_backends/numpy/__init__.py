@@ -234,7 +234,7 @@ def _sums(job: _Job) -> list[float]:
     if job.apart and len(job.arrays) > 1:
         return squares_of_each(job.arrays, job.wide)
     block = job.arrays[0].reshape(-1) if len(job.arrays) == 1 else np.concatenate(job.arrays, axis=None)
-    return [squares(block.astype(block.dtype.newbyteorder("="), copy=False), job.wide)]
+    return [squares(block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("=")), job.wide)]
 
 
 def _each(row: Any, n: int) -> list[float]:
