@@ -102,6 +102,28 @@ def test_copies_count_once(xp: Any, p: float) -> None:
         assert engine.heard == {(p, "zero")}
 
 
+@pytest.mark.parametrize("p", [2.0, 3.0, -INF])
+def test_copies_count_once_in_each_group(xp: Any, p: float) -> None:
+    copies, labels = {"own": None, "copies": True}, {"own": "x", "copies": {"a": "y", "b": ["x", "x"]}}
+
+    def clip(rank: int, engine: Engineered) -> Any:
+        grads = tree(xp, rank)[0]
+        by_label = gradclip.clip_grad_norm(grads, {"x": 0.5, "y": 0.25}, p, per=labels, all_reduce=engine)
+        return by_label, gradclip.norms(grads, p, all_reduce=engine)
+
+    results, _ = together(xp, copies, clip)
+    *parts, a, b = tree(xp, 0)[1]
+    x, y, own = exact.norm([*parts, b], p), exact.norm([a], p), exact.norm(parts, p)
+    for rank, (out, norms) in enumerate(results):
+        factors = {"x": min(1.0, float(0.5 / x)), "y": min(1.0, float(0.25 / y))}
+        for got, want in [(out.norm["x"], x), (out.norm["y"], y), (norms["own"], own), (norms["copies"]["a"], y)]:
+            exact.check_norm(xp.numpy(got), want, "float32", 8)
+        exact.check_norm(xp.numpy(norms["copies"]["b"][0]), exact.norm([b], p), "float32", 8)
+        np.testing.assert_allclose(xp.numpy(out.grads["own"]), parts[rank] * factors["x"], rtol=1e-6)
+        np.testing.assert_allclose(xp.numpy(out.grads["copies"]["a"]), a * factors["y"], rtol=1e-6)
+        np.testing.assert_allclose(xp.numpy(out.grads["copies"]["b"][0]), b * factors["x"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF, -INF, -2.0])
 def test_ranks_decide_alike_though_one_alone_has_float64(xp: Any, p: float) -> None:
     """The norm is above the bound by less than float32 shows: all clip, also the ranks that have only float32."""
