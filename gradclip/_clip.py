@@ -236,10 +236,6 @@ def clip_grad_norm_(
         if nonfinite not in ("propagate", "error"):
             raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
         nonfinite = "error"
-    if _arguments.flag("error_if_nonfinite", error_if_nonfinite):
-        if nonfinite not in ("propagate", "error"):
-            raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
-        nonfinite = "error"
     given = _given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
     refuse_unwritable(given.grouped.flat, "clip_grad_norm")
     with given.backend.session(given.leaves, in_place=True):
@@ -304,6 +300,8 @@ def _settled(given: _Given) -> Verdict:
     if bounds.norm is None:
         measured, join = (groups, None) if shards is None else (shards.measured, shards.join)
         partials = backend.partials(leaves, norm, measured, join)
+        if shards is not None:
+            partials = shards.by_group(partials)
     verdict = backend.decide(norm, partials, bounds, groups, given.nonfinite)
     if given.nonfinite == "error":
         raise_if_bad(backend, leaves, given.grouped.flat, verdict, shards)

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat
 
 from gradclip._groups import Groups
-from gradclip._norms import identity
+from gradclip._norms import Seen, identity
 from gradclip._tree import Flat
 from gradclip._types import AllReduce, Array, Call, Engine, Leaf, ReduceOp
 
@@ -78,6 +78,13 @@ class Shards:
         if getattr(joined, "shape", None) != partial.shape:
             raise _not_joined(joined, tuple(partial.shape))
         return joined
+
+    def by_group(self, partials: Seen) -> Seen:
+        """Joined partials with one column a group: where a pass follows they have one for each kind of leaf, alike."""
+        n = self._groups.count
+        return tuple(
+            x if x.shape[1] == n else array_api_compat.array_namespace(x).asarray(x[:, :n], copy=True) for x in partials
+        )
 
     def gather(self, text: str) -> list[str]:
         """The texts of all shards, by rank."""

@@ -141,6 +141,8 @@ def skipped(node: ast.AST) -> tuple[ast.AST, ...]:
         return tuple(x for x in (node.returns,) if x)
     if isinstance(node, ast.arg | ast.AnnAssign):
         return tuple(x for x in (node.annotation,) if x)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "zip":  # `strict` is a check of its own
+        return tuple(keyword for keyword in node.keywords)
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("cast", "TypeVar", "overload"):
         return tuple(node.args[:1])
     return ()

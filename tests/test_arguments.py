@@ -594,6 +594,23 @@ def test_divide_by_in_other_dtypes(xp, dtype, divisor):
     exact.check_norm(float(norm), exact.norm(xp.back([x])) / divisor, "float64" if dtype == "float64" else "float32")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_divide_by_makes_16_bit_gradients_grow(xp, dtype):
+    """To inf from where the product rounds to it, and else right to half a unit in the last place."""
+    if not xp.has(dtype):
+        assert dtype not in xp.dtypes
+        return
+    top = float(exact.largest(dtype))
+    values = [1.5, -300.0, 0.0, top, -top, top / 2, 2.0**-14]
+    got = xp.numpy(xp.clip_grad_norm([xp.array(values, dtype)], math.inf, divide_by=0.75).grads[0])
+    for g, v in zip(got.astype(np.float64).tolist(), values, strict=True):
+        want = mpmath.mpf(v) / 0.75
+        if abs(want) > top:
+            assert g == math.copysign(math.inf, v)
+        else:
+            assert abs(g - want) <= 0.501 * exact.ulp(want, dtype)
+
+
 @pytest.mark.parametrize("known", [False, True], ids=["measured", "norm-given"])
 @pytest.mark.parametrize("divisor", [None, 4.0, 3.0, 0.5])
 @pytest.mark.parametrize("share", [0.25, 0.999, 1.001, 4.0])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ class Threads:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
-        self.barrier = threading.Barrier(RANKS, timeout=60)
+        self.barrier = threading.Barrier(RANKS, timeout=20)
         self.slots: list[Any] = [None] * RANKS
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
@@ -99,6 +100,48 @@ def test_copies_count_once(xp: Any, p: float) -> None:
         assert engine.calls == engines[0].calls
         assert len(engine.calls) == (1 if p in (2, 1, 0, INF, -INF) else 2)
         assert engine.heard == {(p, "zero")}
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0, -INF])
+def test_copies_count_once_in_each_group(xp: Any, p: float) -> None:
+    copies, labels = {"own": None, "copies": True}, {"own": "x", "copies": {"a": "y", "b": ["x", "x"]}}
+
+    def clip(rank: int, engine: Engineered) -> Any:
+        grads = tree(xp, rank)[0]
+        by_label = gradclip.clip_grad_norm(grads, {"x": 0.5, "y": 0.25}, p, per=labels, all_reduce=engine)
+        return by_label, gradclip.norms(grads, p, all_reduce=engine)
+
+    results, _ = together(xp, copies, clip)
+    *parts, a, b = tree(xp, 0)[1]
+    x, y, own = exact.norm([*parts, b], p), exact.norm([a], p), exact.norm(parts, p)
+    for rank, (out, norms) in enumerate(results):
+        factors = {"x": min(1.0, float(0.5 / x)), "y": min(1.0, float(0.25 / y))}
+        for got, want in [(out.norm["x"], x), (out.norm["y"], y), (norms["own"], own), (norms["copies"]["a"], y)]:
+            exact.check_norm(xp.numpy(got), want, "float32", 8)
+        exact.check_norm(xp.numpy(norms["copies"]["b"][0]), exact.norm([b], p), "float32", 8)
+        np.testing.assert_allclose(xp.numpy(out.grads["own"]), parts[rank] * factors["x"], rtol=1e-6)
+        np.testing.assert_allclose(xp.numpy(out.grads["copies"]["a"]), a * factors["y"], rtol=1e-6)
+        np.testing.assert_allclose(xp.numpy(out.grads["copies"]["b"][0]), b * factors["x"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF, -INF, -2.0])
+def test_ranks_decide_alike_though_one_alone_has_float64(xp: Any, p: float) -> None:
+    """The norm is above the bound by less than float32 shows: all clip, also the ranks that have only float32."""
+    if not xp.has("float64"):
+        pytest.skip(f"{xp.name} has no float64")
+    bound, unit = (2.5, 2.0**-22) if p > 0 else (1.25, 2.0**-23)
+    norm = mpmath.mpf(bound) + 0.45 * unit
+    assert np.float32(float(norm)) == bound
+    other = norm if math.isinf(p) else (norm**p - mpmath.mpf(1.5) ** p) ** (1 / mpmath.mpf(p))
+
+    def clip(rank: int, engine: Engineered) -> Any:
+        leaf = [xp.array([1.5], "float32"), xp.array([float(other)], "float64"), xp.array(np.zeros(0), "float32")][rank]
+        return gradclip.clip_grad_norm([leaf], bound, p, all_reduce=engine)
+
+    results, _ = together(xp, None, clip)
+    assert xp.numpy(results[0].grads[0])[0] == np.nextafter(np.float32(1.5), np.float32(0))
+    assert abs(float(xp.numpy(results[1].grads[0])[0]) / float(other * bound / norm) - 1) < 1e-15
+    assert xp.dtype_of(results[1].norm) == "float64"
 
 
 def test_error_is_raised_on_all_and_names_all(xp: Any) -> None:

@@ -77,6 +77,9 @@ def check(xp: Backend, tree: Any, out: Any, grouping: str, bounds: dict[Any, flo
                 assert new.tobytes() == before[i].tobytes()
             for got, x in zip(exact.components(new), exact.components(before[i]), strict=True):
                 goal = mpmath.mpf(x) * factor
+                if xp.flushes and clips and abs(goal) < 2 * exact.smallest_normal("float32"):
+                    assert abs(got) <= 4 * exact.smallest_normal("float32")  # subnormals may count as zero
+                    continue
                 assert abs(got - goal) <= 8 * exact.ulp(goal, new.dtype.name), (key, got, goal)
     alone = set(range(len(before))).difference(*groups.values())
     for i in alone:
