@@ -420,3 +420,31 @@ def test_a_graph_of_groups(kept: str, per: str) -> None:
                     check_right(out[i].get(stream=stream), values[i], min(mpmath.mpf(1), mpmath.mpf(c) / want))
         assert all((x.get(stream=stream) == 7.0).all() for x in others)
         stream.synchronize()
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int32"])
+@pytest.mark.parametrize("per", [None, "leaf"])
+def test_a_graph_holds_the_bounds_that_it_reads(per: Any, kind: str) -> None:
+    """The caller lets them go after the capture, and their memory may not be given to others."""
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    with cupy.cuda.using_allocator(pool.malloc), stream:
+        leaves = [cupy.full(2, 8.0, cupy.float32) for _ in range(2)]
+
+        def bounds() -> Any:
+            made = [cupy.array(2.0, kind), cupy.array(3.0, kind)]
+            return made[0] if per is None else made
+
+        gradclip.clip_grad_norm(leaves, bounds(), per=per)
+        made = bounds()
+        stream.synchronize()
+        stream.begin_capture()
+        out = gradclip.clip_grad_norm(leaves, made, per=per)
+        graph = stream.end_capture()
+        del made
+        others = [cupy.full(n, 7, cupy.float64) for n in (1, 2, 3, 4, 64, 65) for _ in range(30)]
+        graph.launch(stream)
+        norm = 16.0 if per is None else math.sqrt(128)
+        for got, c in zip(out.grads, (2.0, 2.0 if per is None else 3.0), strict=True):
+            np.testing.assert_allclose(got.get(stream=stream), 8 * c / norm, rtol=1e-6)
+        assert all((x.get(stream=stream) == 7).all() for x in others)
+        stream.synchronize()

@@ -40,8 +40,7 @@ class Census(Norm):
         return xp.where(nan, one, zero), xp.where(xp.logical_and(inf, xp.logical_not(nan)), one, zero)
 
 
-def _numbers() -> str:
-    return NUMBERS % {"threads": text.THREADS}
+_HEAD = NUMBERS % {"threads": text.THREADS}
 
 
 def _table(grouped: bool) -> str:
@@ -69,7 +68,7 @@ def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
     each = text.FLUSH % {**joining, "choice": _choice(kinds, run)}
     gather = "".join(_gather(norm, step, kind) for kind in kinds)
     body = text.MEASURE % {**joining, "gather": gather, "chunks": text.CHUNKS % {"each": each}}
-    return _numbers() + _table(False) + text.JOINING % joining + body
+    return _HEAD + _table(False) + text.JOINING % joining + body
 
 
 def _gather(norm: Norm, step: int, kind: str) -> str:
@@ -119,7 +118,7 @@ def joined(norm: Norm, step: int) -> str:
     """The kernel that joins the columns of every group into one."""
     joining = _joining(norm, step)
     body = text.JOINED % {**joining, "columns": text.COLUMNS, "join": text.JOIN % joining}
-    return _numbers() + text.JOINING % joining + body
+    return _HEAD + text.JOINING % joining + body
 
 
 @lru_cache(maxsize=256)
@@ -159,7 +158,7 @@ def settle(norm: Norm | None) -> str:
     }
     shown = {name: body.name(x) for name, x in found.items()}
     fixed = {"words": text.GROUPS // 32, "parameters": ", ".join(parameters), "join": join}
-    return _numbers() + head + text.SETTLE % {**fixed, **shown, "body": "\n    ".join(body.once)}
+    return _HEAD + head + text.SETTLE % {**fixed, **shown, "body": "\n    ".join(body.once)}
 
 
 @lru_cache(maxsize=8)
@@ -167,7 +166,7 @@ def row() -> str:
     """The kernel that puts single numbers, by value or from the device, into one row."""
     read = "if (row.kind[i] == {0}) {{ out[i] = widen(*(const {1}*)p); continue; }}"
     cases = "\n        ".join(read.format(i, KINDS[name].storage) for i, name in enumerate(REAL, start=1))
-    return _numbers() + text.ROW % {"entries": text.ENTRIES, "cases": cases}
+    return _HEAD + text.ROW % {"entries": text.ENTRIES, "cases": cases}
 
 
 @lru_cache(maxsize=256)
@@ -183,4 +182,4 @@ def scale(kinds: tuple[str, ...], grouped: bool) -> str:
     once = text.FACTOR % {"group": "t.group[low]" if grouped else "0", "leave": "continue" if grouped else "return"}
     if grouped:
         each, once = once + each, ""
-    return _numbers() + _table(grouped) + text.SCALE % {"once": once, "chunks": text.CHUNKS % {"each": each}}
+    return _HEAD + _table(grouped) + text.SCALE % {"once": once, "chunks": text.CHUNKS % {"each": each}}
