@@ -151,8 +151,7 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: bool) -> None:
     assert TABLE_BYTES + 9 * 8 <= 4096  # and the other parameters
     lengths = [2**30, 1, 2**30 - 5, 2**28 + 3, 2**30, 65536, 4096, 2**30, 7] + [2**20 + 1] * 600
     entry = table.Entry
-    lines = [entry(i % 3, 4096 * i, n, i, i % 7 if grouped else 0) for i, n in enumerate(lengths)]
-    lines.sort(key=lambda line: (line.kind, line.group))
+    lines = sorted(entry(i % 3, i % 7 if grouped else 0, 4096 * i, n, i) for i, n in enumerate(lengths))
     held = []
     for one in table.tables(lines, grouped=grouped):
         n, bits = int(one["leaves"]), int(one["bits"])
@@ -163,7 +162,7 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: bool) -> None:
             kind = int(np.searchsorted(one["until"], i, side="right"))
             length = (chunks - 1) * 2**bits + int(one["last"][i]) + 1
             group = int(one["group"][i]) if grouped else 0
-            held.append(entry(kind, int(one["from"][i]), length, int(one["to"][i]), group))
+            held.append(entry(kind, group, int(one["from"][i]), length, int(one["to"][i])))
     assert held == lines
 
 

@@ -32,22 +32,17 @@ class Nccl(Ranks):
         return int(self.comm.rank_id())
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
-        if isinstance(partial, np.ndarray | np.generic):  # a rank without leaves
-            with self._device():
-                return self._joined(cupy.asarray(partial), op).get()
-        if not isinstance(partial, cupy.ndarray):
+        has_leaves = isinstance(partial, cupy.ndarray)
+        if not has_leaves and not isinstance(partial, np.ndarray | np.generic):
             raise TypeError(f"nccl joins CuPy arrays, and these gradients are of {type(partial).__module__}")
-        with self._device() as device:
-            return move(self._joined(move(partial, device), op), partial.device)
-
-    def _joined(self, partial: Any, op: ReduceOp) -> Any:
         if partial.dtype != np.float64:
             raise TypeError(f"nccl joins float64 partials, got {partial.dtype}")
-        partial = cupy.ascontiguousarray(partial)
-        out = cupy.empty_like(partial)
-        stream = cupy.cuda.get_current_stream().ptr
-        self.comm.allReduce(partial.data.ptr, out.data.ptr, partial.size, _FLOAT64, _OPS[op], stream)
-        return out
+        with self._device() as device:
+            sent = cupy.ascontiguousarray(move(partial, device) if has_leaves else cupy.asarray(partial))
+            got = cupy.empty_like(sent)
+            stream = cupy.cuda.get_current_stream().ptr
+            self.comm.allReduce(sent.data.ptr, got.data.ptr, sent.size, _FLOAT64, _OPS[op], stream)
+            return move(got, partial.device) if has_leaves else got.get()
 
     def gather(self, text: str) -> list[str]:
         raw = text.encode()[:_TEXT]

@@ -66,7 +66,7 @@ class CupyBackend(Backend):
         try:
             kernel = compiler.compiled(programs.row(), "gradclip_row")
         except NotCompiled:
-            return super().number([self._array(self.number(x, acc, device)) for x in value], acc, device)
+            return Scaled(Backend(xp).number(value, acc, device).value(xp), None)
         out = cupy.empty(len(value), cupy.float64)
         for begin in range(0, len(value), ENTRIES):
             some = [self._readable(x, device) for x in value[begin : begin + ENTRIES]]

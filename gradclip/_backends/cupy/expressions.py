@@ -113,9 +113,7 @@ class Symbols:
 
     # -- the namespace -------------------------------------------------------------------------------------
 
-    def where(self, mask: Expression, a: Operand, b: Operand) -> Expression:
-        return self.value("{} ? {} : {}", mask, a, b)
-
+    where = _function("value", "{} ? {} : {}")
     logical_and, logical_or = _function("truth", "{} && {}"), _function("truth", "{} || {}")
     logical_not = _function("truth", "!{}")
     isnan, isinf = _function("truth", "{0} != {0}"), _function("truth", "fabs({}) == INFINITE")

@@ -40,8 +40,7 @@ class Census(Norm):
         return xp.where(nan, one, zero), xp.where(xp.logical_and(inf, xp.logical_not(nan)), one, zero)
 
 
-def _numbers() -> str:
-    return NUMBERS % {"threads": text.THREADS}
+_HEAD = NUMBERS % {"threads": text.THREADS}
 
 
 def _table(grouped: bool) -> str:
@@ -69,7 +68,7 @@ def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
     each = text.FLUSH % {**joining, "choice": _choice(kinds, run)}
     gather = "".join(_gather(norm, step, kind) for kind in kinds)
     body = text.MEASURE % {**joining, "gather": gather, "chunks": text.CHUNKS % {"each": each}}
-    return _numbers() + _table(False) + text.JOINING % joining + body
+    return _HEAD + _table(False) + text.VISIT + text.JOINING % joining + body
 
 
 def _gather(norm: Norm, step: int, kind: str) -> str:
@@ -94,7 +93,8 @@ def _gather(norm: Norm, step: int, kind: str) -> str:
             ends.append(f"merge(s[{k}], c[{k}], {x}, 0.0);")
     storage = KINDS[kind].storage
     read = "const double re = widen(e.re), im = widen(e.im);" if pair else "const double re = widen(e);"
-    lines = [*printed.once, f"visit(p, n, [&](const {storage}& e) {{", read, *printed.each, *ends, "});"]
+    head = f"visit<false>(p, ({storage}*)0, n, [&](const {storage}& e) {{"
+    lines = [*printed.once, head, read, *printed.each, *ends, "});"]
     inside = "\n    ".join(lines)
     return f"""
 __device__ __forceinline__ void gather_{kind}(
@@ -119,7 +119,7 @@ def joined(norm: Norm, step: int) -> str:
     """The kernel that joins the columns of every group into one."""
     joining = _joining(norm, step)
     body = text.JOINED % {**joining, "columns": text.COLUMNS, "join": text.JOIN % joining}
-    return _numbers() + text.JOINING % joining + body
+    return _HEAD + text.JOINING % joining + body
 
 
 @lru_cache(maxsize=256)
@@ -150,16 +150,12 @@ def settle(norm: Norm | None) -> str:
     zero, other = (decide(xp, norms, bounds, wide, policy) for policy in policies)
     numerator = zero.numerator.where(xp, xp.given("zeroes", kind="bool"), other.numerator)
     factors = quotient(xp, numerator, other.denominator)
-    found = {
-        "norm": other.norm,
-        "factor": factors.factor,
-        "shift": xp.number(1.0) if factors.shift is None else factors.shift,
-        "finite": other.finite,
-        "joined_finite": other.joined_finite,
-    }
+    shift = xp.number(1.0) if factors.shift is None else factors.shift
+    found = {"norm": other.norm, "factor": factors.factor, "shift": shift}
+    found |= {"finite": other.finite, "joined_finite": other.joined_finite}
     shown = {name: body.name(x) for name, x in found.items()}
     fixed = {"words": text.GROUPS // 32, "parameters": ", ".join(parameters), "join": join}
-    return _numbers() + head + text.SETTLE % {**fixed, **shown, "body": "\n    ".join(body.once)}
+    return _HEAD + head + text.SETTLE % {**fixed, **shown, "body": "\n    ".join(body.once)}
 
 
 @lru_cache(maxsize=8)
@@ -167,7 +163,7 @@ def row() -> str:
     """The kernel that puts single numbers, by value or from the device, into one row."""
     read = "if (row.kind[i] == {0}) {{ out[i] = widen(*(const {1}*)p); continue; }}"
     cases = "\n        ".join(read.format(i, KINDS[name].storage) for i, name in enumerate(REAL, start=1))
-    return _numbers() + text.ROW % {"entries": text.ENTRIES, "cases": cases}
+    return _HEAD + text.ROW % {"entries": text.ENTRIES, "cases": cases}
 
 
 @lru_cache(maxsize=256)
@@ -176,11 +172,11 @@ def scale(kinds: tuple[str, ...], grouped: bool) -> str:
 
     `grouped`: by the factors of the leaf's group; else all by one.
     """
-    run = "rewrite((const {0}*)t.from[low] + skipped, "
-    run += f"(base ? ({{0}}*)(base + t.to[low] * {ALIGNMENT}ull) : ({{0}}*)t.from[low]) + skipped, "
-    run += "n, factor, shift, keep);"
+    run = "visit<true>((const {0}*)t.from[low] + skipped, "
+    run += f"(base ? ({{0}}*)(base + t.to[low] * {ALIGNMENT}ull) : ({{0}}*)t.from[low]) + skipped, n, "
+    run += "[&]({0}& x) {{ if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor * shift, x); }});"
     each = _choice(kinds, run)
     once = text.FACTOR % {"group": "t.group[low]" if grouped else "0", "leave": "continue" if grouped else "return"}
     if grouped:
         each, once = once + each, ""
-    return _numbers() + _table(grouped) + text.SCALE % {"once": once, "chunks": text.CHUNKS % {"each": each}}
+    return _HEAD + _table(grouped) + text.VISIT + text.SCALE % {"once": once, "chunks": text.CHUNKS % {"each": each}}

@@ -6,7 +6,7 @@ So no copy to the device is needed, and nothing waits. `TABLE` is the `Table` of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,10 +43,10 @@ class Entry(NamedTuple):
     """One line of a table: some elements that lie side by side."""
 
     kind: int
+    group: int
     pointer: int
     length: int
     to: int  # the key of its group, or where its output starts, in units of ALIGNMENT
-    group: int = 0
 
 
 def is_dense(leaf: Array) -> bool:
@@ -79,26 +79,21 @@ def entries(
         group = groups[i] if groups else 0
         to = room[i] if room else order.index(kind) * count + group
         if n <= LONGEST:
-            out.append(Entry(kind, pointer, n, to, group))
+            out.append(Entry(kind, group, pointer, n, to))
             continue
         size = leaf.nbytes // n
         for begin in range(0, n, LONGEST):
             skipped = begin * size
             at = to + skipped // ALIGNMENT if room else to
-            out.append(Entry(kind, pointer + skipped, min(n - begin, LONGEST), at, group))
-    return out if len(found) == 1 and not groups else sorted(out, key=_order)
+            out.append(Entry(kind, group, pointer + skipped, min(n - begin, LONGEST), at))
+    return out if len(found) == 1 and not groups else sorted(out)
 
 
 def _kind(leaf: Array, real: bool) -> tuple[int, int]:
     """The kind of a leaf as a number, and into how many real numbers an element is taken apart."""
     name = dtype_name(leaf)
-    if real and KINDS[name].component != name:
-        return _ORDER.index(KINDS[name].component), 2
-    return _ORDER.index(name), 1
-
-
-def _order(entry: Entry) -> tuple[int, int]:
-    return entry.kind, entry.group
+    component = KINDS[name].component if real else name
+    return _ORDER.index(component), 1 + (component != name)
 
 
 def kinds(leaves: Sequence[Array], *, real: bool) -> tuple[str, ...]:
@@ -122,7 +117,7 @@ def tables(lines: Sequence[Entry], *, grouped: bool = False) -> Iterator[Any]:
 
 
 def _table(lines: Sequence[Entry], grouped: bool) -> Any:
-    kind, pointer, length, to, group = (np.array(column, np.uint64) for column in zip(*lines, strict=True))
+    kind, group, pointer, length, to = (np.array(column, np.uint64) for column in zip(*lines, strict=True))
     bits = _CHUNK
     while (chunks := (length - 1 >> bits) + 1).sum() >= 2**16:
         bits += 1
@@ -159,10 +154,7 @@ def row(numbers: Sequence[Any]) -> Any:
 
 def room_for(leaves: Sequence[Array]) -> tuple[list[int], int]:
     """Where the output of each leaf starts in one allocation, in units of ALIGNMENT, and how many there are."""
-    starts, end = [], 0
-    for leaf in leaves:
-        starts.append(end)
-        end += -(-leaf.nbytes // ALIGNMENT)
+    *starts, end = accumulate((-(-leaf.nbytes // ALIGNMENT) for leaf in leaves), initial=0)
     return starts, end
 
 

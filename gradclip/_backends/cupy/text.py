@@ -85,26 +85,34 @@ CHUNKS = """
     }
 """
 
+# Calls `f` with the elements of a chunk, 16 bytes at a time where they lie so; and writes what it makes of them.
+VISIT = """
+template <bool writes, class T, class F> __device__ __forceinline__ void visit(const T* p, T* to, unsigned n, F f) {
+    unsigned done = 0;
+    if ((((u64)p | (u64)to) & 15) == 0) {
+        const unsigned each = 16 / sizeof(T), quads = n / each;
+        #pragma unroll 4
+        for (unsigned i = threadIdx.x; i < quads; i += THREADS) {
+            Quad<T> quad = ((const Quad<T>*)p)[i];
+            #pragma unroll
+            for (unsigned j = 0; j < each; j++) f(quad.of[j]);
+            if (writes) ((Quad<T>*)to)[i] = quad;
+        }
+        done = quads * each;
+    }
+    for (unsigned i = done + threadIdx.x; i < n; i += THREADS) {
+        T x = p[i];
+        f(x);
+        if (writes) to[i] = x;
+    }
+}
+"""
+
 # One group (`keys` is null): a column for each block, whose chunks lie far apart, so that all blocks read side by side.
 # Several: each block has chunks that follow each other, and writes a column at the end of each group that it meets.
 # Column block + leaf, the leaf with which it began that group, is nobody else's: along the chunks both only grow.
 # Columns that are skipped so hold nothing, under the same key: keys never fall from column to column.
 MEASURE = """
-template <class T, class F> __device__ __forceinline__ void visit(const T* p, unsigned n, F f) {
-    unsigned done = 0;
-    if (((u64)p & 15) == 0) {  // 16 bytes at a time
-        const unsigned each = 16 / sizeof(T), quads = n / each;
-        const Quad<T>* q = (const Quad<T>*)p;
-        #pragma unroll 4
-        for (unsigned i = threadIdx.x; i < quads; i += THREADS) {
-            const Quad<T> quad = q[i];
-            #pragma unroll
-            for (unsigned j = 0; j < each; j++) f(quad.of[j]);
-        }
-        done = quads * each;
-    }
-    for (unsigned i = done + threadIdx.x; i < n; i += THREADS) f(p[i]);
-}
 %(gather)s
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_measure(
     const Table t, double* columns, unsigned stride, unsigned at, unsigned* keys, const double* seen, unsigned groups
@@ -199,28 +207,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_row(const Row row
 
 # In place where `base` is null.
 SCALE = """
-template <class T> __device__ __forceinline__ T product(T x, double factor, double shift, bool keep) {
-    T out = x;
-    if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor * shift, out);
-    return out;
-}
-template <class T> __device__ __forceinline__ void rewrite(
-    const T* p, T* to, unsigned n, double factor, double shift, bool keep
-) {
-    unsigned done = 0;
-    if ((((u64)p | (u64)to) & 15) == 0) {
-        const unsigned each = 16 / sizeof(T), quads = n / each;
-        #pragma unroll 4
-        for (unsigned i = threadIdx.x; i < quads; i += THREADS) {
-            Quad<T> quad = ((const Quad<T>*)p)[i];
-            #pragma unroll
-            for (unsigned j = 0; j < each; j++) quad.of[j] = product(quad.of[j], factor, shift, keep);
-            ((Quad<T>*)to)[i] = quad;
-        }
-        done = quads * each;
-    }
-    for (unsigned i = done + threadIdx.x; i < n; i += THREADS) to[i] = product(p[i], factor, shift, keep);
-}
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_scale(
     const Table t, const double* factors, const double* shifts, char* base
 ) {
