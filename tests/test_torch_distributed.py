@@ -1,4 +1,4 @@
-"""The recipes of docs/sharding.md for `torch.distributed`, run with gloo by two processes, one of them without leaves."""
+"""The recipes of docs/sharding.md for `torch.distributed`, run with gloo by two processes, one without leaves."""
 
 from __future__ import annotations
 
