@@ -66,15 +66,11 @@ def decide(xp: Namespace, norms: Scaled | None, bounds: Bounds, wide: Any, nonfi
     # c / ||g|| where it clips, else 1 / divide_by; in the other branch of each select stands a harmless 1.
     unity = Scaled(one, None)
     numerator, denominator = bound.where(xp, clips, unity), total.where(xp, clips, divisor or unity)
+    if divisor is not None:
+        denominator = denominator.where(xp, finite, unity)
     mantissa = xp.where(xp.isnan(bound.mantissa), bound.mantissa, numerator.mantissa)
     mantissa = xp.where(finite, mantissa, (0 if nonfinite == "zero" else math.nan) * one)
-    return Decision(
-        reported,
-        Scaled(mantissa, numerator.exponent),
-        denominator.where(xp, finite, unity),
-        finite,
-        joined_finite,
-    )
+    return Decision(reported, Scaled(mantissa, numerator.exponent), denominator, finite, joined_finite)
 
 
 def _reported(xp: Namespace, value: Array, wide: Any) -> Array:

@@ -75,12 +75,13 @@ def _listed(labels: Iterable[Any]) -> str:
 
 def grouped(flat: Flat, per: Per) -> Grouped:
     """The groups that `per` makes of the leaves."""
+    wide = any(_is_wide(flat.values[i]) for i in flat.samples)
     if per is None:
-        wide = any(_is_wide(flat.values[i]) for i in flat.samples)
         return Grouped(flat, _one_group(len(flat.values), wide))
     if isinstance(per, str) and per == "leaf":
         n = len(flat.values)
-        return Grouped(flat, Groups(tuple(range(n)), n, tuple(map(_is_wide, flat.values))), by_leaf=True)
+        each = tuple(map(_is_wide, flat.values)) if wide else (False,) * n
+        return Grouped(flat, Groups(tuple(range(n)), n, each), by_leaf=True)
     if isinstance(per, str):
         raise ValueError(
             f"per must be None, 'leaf', a tree of labels or a function (key path, leaf) -> label, got {per!r}"

@@ -30,10 +30,10 @@ Terms: TypeAlias = tuple[Array | None, ...]  # an array a slot, of the elements'
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm. `binned`: whether sums need bins, since a square or a sum may leave the range of the accumulation dtype.
+    """A norm. `binned`: whether sums need bins, since a square may leave the range of the accumulation dtype.
 
-    That is settled once, when the norm of a call is made. A leaf whose own squares stay in the range may contribute by
-    the `plain` norm to a binned one, never the other way round.
+    That is settled once, when the norm of a call is made. Leaves whose squares stay in it may contribute by the `plain`
+    norm to a binned one, never the other way round.
     """
 
     binned: bool = True
@@ -293,9 +293,9 @@ class PowerNorm(Norm):
 @lru_cache(256)
 def norm_for(norm_type: float, binned: bool) -> Norm:
     """The p-norm, p = `norm_type` (a float that is not NaN)."""
-    simple = {2.0: TwoNorm, 1.0: OneNorm, 0.0: CountNorm}.get(norm_type)
-    if simple:
-        return simple(binned)
+    simple: dict[float, type[Norm]] = {2.0: TwoNorm, 1.0: OneNorm, 0.0: CountNorm}
+    if norm_type in simple:
+        return simple[norm_type](binned)
     op: ReduceOp = "max" if norm_type > 0 else "min"
     if math.isinf(norm_type):
         return ExtremeNorm(binned, (op,), sign=1 if norm_type > 0 else -1)

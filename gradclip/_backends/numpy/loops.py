@@ -42,7 +42,8 @@ def squares(block: Array, wide: bool) -> float:
     `wide`: as exact as float64 can be, whatever the dtype of the block.
     """
     numbers = _real(block)
-    if numbers.dtype.type in (np.float32, np.float64)[wide:]:
+    kind = numbers.dtype.type
+    if kind is np.float64 or (kind is np.float32 and not wide):
         total = _dot_rows(numbers)
     else:
         starts = range(0, numbers.size, CHUNK)
