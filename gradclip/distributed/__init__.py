@@ -105,8 +105,8 @@ def psum(axis_name: str | Sequence[str], varying: Tree = None) -> Engine:
 def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engine:
     """Join over the ranks of an MPI communicator (mpi4py), for NumPy, CuPy, torch on the CPU, and JAX outside `jit`.
 
-    Every rank must call gradclip, with the same arguments, whatever leaves it holds. A rank may hold none, where `per` is
-    None: with `per`, all ranks need the same groups.
+    Every rank must call gradclip, with the same arguments, whatever leaves it holds. A rank may hold none where `per`
+    is None: with `per`, all ranks need the same groups.
 
     Parameters
     ----------
@@ -132,10 +132,10 @@ def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engin
     Notes
     -----
     One `Allreduce` of 16 float64 numbers, and one more of the partial where it has more than 11; twice that for p
-    outside 0, 1, 2, inf, -inf. MPI promises the same result on all ranks, so the factor is the same bit for bit. A norm is
-    float64 on all ranks if a leaf of its group is on any.
-    ``nonfinite="error"`` raises on all ranks and names rank and key path, by one `allgather` more in that case only.
-    A rank that raises or dies by itself leaves the others waiting: ``python -m mpi4py`` ends them all.
+    outside 0, 1, 2, inf, -inf. MPI promises the same result on all ranks, so the factor is the same bit for bit. A
+    norm is float64 on all ranks if a leaf of its group is on any. ``nonfinite="error"`` raises on all ranks and names
+    rank and key path, by one `allgather` more in that case only. A rank that raises or dies by itself leaves the
+    others waiting: ``python -m mpi4py`` ends them all.
 
     Examples
     --------
