@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +68,12 @@ def test_it_is_written_with_two_methods(toy):
     gradclip.global_norm([np.ones(2)])
 
 
+def test_the_page_names_every_method_of_the_interface():
+    rows = re.findall(r"^\| (`.*?) \|", PAGE.read_text(encoding="utf-8"), re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == {name for name, _ in inspect.getmembers(Backend, callable) if not name.startswith("_")}
+
+
 @pytest.mark.parametrize("per", [None, "leaf", LABELS], ids=["all", "leaf", "labels"])
 @pytest.mark.parametrize("p", [2.0, 1.0, 0.0, math.inf, -math.inf, 3.0, -1.0])
 def test_it_clips_as_numpys_own(p, per, request):
@@ -88,6 +96,11 @@ def test_it_keeps_the_policy(policy, toy):
     assert out.grads[1].tolist() == [0.1]
     gradclip.clip_grad_norm_([twice, twice], 4.0, per="leaf")
     assert twice.tolist() == [4.0]
+
+
+def test_what_is_not_clipped_stays_bit_for_bit(toy):
+    zeros = np.array([complex(-0.0, -0.0), 1j])  # a product with 1 would change a sign
+    assert gradclip.clip_grad_norm([zeros], 5.0).grads[0].tobytes() == zeros.tobytes()
 
 
 def test_it_joins_with_other_shards(toy):
