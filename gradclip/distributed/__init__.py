@@ -1,12 +1,14 @@
 """One norm across devices, processes and machines: makers of `all_reduce`, and how to write one.
 
-A partial is a small 1-d array, at most 3 numbers whatever the number of leaves, and partials join by "sum", "max"
-or "min". So one collective gives every shard the norm of the whole (two for p outside 0, 1, 2, inf, -inf), and with
-that norm the same factor. `psum` joins over JAX's named axes, `mpi` over MPI ranks, `nccl` over GPUs.
+A partial is a small array of shape (slots, groups): a column for each group of `per`, one for the global norm, and at
+most 4 rows, whatever the number of leaves. Partials join by "sum", "max" or "min". So one collective gives every shard
+the norms of the whole (two for p outside 0, 1, 2, inf, -inf), and with them the same factors. The groups must be the
+same on all shards, in the same order. `psum` joins over JAX's named axes, `mpi` over MPI ranks, `nccl` over GPUs.
 
-For another engine, any callable ``(partial, op) -> joined`` will do: `partial` is a 1-d array of the gradients'
-library (NumPy's on a shard without leaves), `joined` its like, joined element by element with those of all other
-shards, the same on every shard bit for bit. Here with threads as shards:
+For another engine, any callable ``(partial, op) -> joined`` will do: `partial` is an array of the gradients' library
+(NumPy's on a shard without leaves), `joined` its like, joined element by element with those of all other shards, the
+same on every shard bit for bit. Its last row may say which norms are float64: a callable joins that row like any other.
+Here with threads as shards:
 
 >>> import threading, numpy as np, gradclip
 >>> barrier, slots = threading.Barrier(2), [None, None]
@@ -32,8 +34,11 @@ own leaves only. An engine that knows copies, or can gather texts, derives from 
 
 - ``told``: a tree prefix from the caller, one entry for each leaf; every call reads it, so no one-shot iterator;
 - ``kind(leaf, entry)``: a hashable for each leaf, before any work; leaves of one kind count alike;
-- ``counts(kind, like)``: whether this shard counts its leaves of that kind: a bool, or a 0-d array beside `like`;
-- ``join(partial, op, call)``: the collective. `call` says what all shards must agree on (`norm_type`, `nonfinite`);
+- ``counts(kind, like)``: whether this shard counts its leaves of that kind: a bool, or a 0-d array like `like`;
+- ``join(partial, op, call)``: the collective. `call` says what all shards must agree on: `norm_type`, `nonfinite`, and
+  `groups`, a text (``"all elements"``, ``"3 leaves"``, ``"labels 'enc', 'dec'"``);
+- ``same_program``: True where all shards run one program, and so have leaves of the same dtypes: then no row of the
+  partial says which norms are float64;
 - ``gather(text)``: the texts of all shards by rank, on all of them.
 """
 
@@ -77,8 +82,8 @@ def psum(axis_name: str | Sequence[str], varying: Tree = None) -> Engine:
 
     Notes
     -----
-    One `lax.psum` (`pmax`, `pmin`) of at most 3 numbers; two for p outside 0, 1, 2, inf, -inf. A leaf that varies
-    over an axis that is not joined gives a norm that does, too: join over all axes, or average that leaf first.
+    One `lax.psum` (`pmax`, `pmin`) of at most 3 numbers for each group; two for p outside 0, 1, 2, inf, -inf. A leaf
+    that varies over an axis that is not joined gives a norm that does, too: join over all axes, or average it first.
     Differentiable as the clip is: a replicated leaf's gradient is that of one device. Nothing is read on the host.
 
     Examples
@@ -100,7 +105,8 @@ def psum(axis_name: str | Sequence[str], varying: Tree = None) -> Engine:
 def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engine:
     """Join over the ranks of an MPI communicator (mpi4py), for NumPy, CuPy, torch on the CPU, and JAX outside `jit`.
 
-    Every rank must call gradclip, with the same arguments, whatever leaves it holds; a rank may hold none.
+    Every rank must call gradclip, with the same arguments, whatever leaves it holds. A rank may hold none where `per`
+    is None: with `per`, all ranks need the same groups.
 
     Parameters
     ----------
@@ -109,7 +115,7 @@ def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engin
     replicated : tree of bool, optional
         A tree prefix of the gradients: True for leaves of which all ranks hold equal copies. Those of rank 0 count.
     gpu_aware : bool
-        Hand CuPy's device memory to MPI. False: by way of the host, 128 bytes.
+        Hand CuPy's device memory to MPI. False: by way of the host, 128 bytes for one group.
 
     Returns
     -------
@@ -120,15 +126,16 @@ def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engin
     ------
     TypeError, ValueError
         At once for something that is no intracommunicator. When it is used, on all ranks alike and with nothing
-        clipped: if they do not agree on `norm_type`, on whether ``nonfinite="error"``, or on the accumulation's dtype
-        (JAX: give a rank without leaves an array of size 0). With `gpu_aware` that is not seen.
+        clipped: if they do not agree on `norm_type`, on the groups, on whether ``nonfinite="error"``, or on the
+        accumulation's dtype (JAX: give a rank without leaves an array of size 0). With `gpu_aware` that is not seen.
 
     Notes
     -----
-    One `Allreduce` of 16 float64 numbers; two for p outside 0, 1, 2, inf, -inf. MPI promises the same result on all
-    ranks, so the factor is the same bit for bit. The norm is float64 on all ranks if a leaf of any rank is.
-    ``nonfinite="error"`` raises on all ranks and names rank and key path, by one `allgather` more in that case only.
-    A rank that raises or dies by itself leaves the others waiting: ``python -m mpi4py`` ends them all.
+    One `Allreduce` of 16 float64 numbers, and one more of the partial where it has more than 11; twice that for p
+    outside 0, 1, 2, inf, -inf. MPI promises the same result on all ranks, so the factor is the same bit for bit. A
+    norm is float64 on all ranks if a leaf of its group is on any. ``nonfinite="error"`` raises on all ranks and names
+    rank and key path, by one `allgather` more in that case only. A rank that raises or dies by itself leaves the
+    others waiting: ``python -m mpi4py`` ends them all.
 
     Examples
     --------
