@@ -22,7 +22,7 @@ from jax.experimental import checkify  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
-from gradclip._kernels.jax_sums import PLAIN_IS_EXACT  # noqa: E402
+from gradclip._backends.jax.sums import PLAIN_IS_EXACT  # noqa: E402
 
 pytestmark = pytest.mark.library("jax")
 
@@ -973,7 +973,7 @@ def chosen() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "platform_dependent", choose_default)
         if not PLAIN_IS_EXACT:  # XLA's own sum, which a GPU would make otherwise
-            patch.setattr("gradclip._kernels.jax.SHORT", 1 << 17)
+            patch.setattr("gradclip._backends.jax.sums.SHORT", 1 << 17)
         yield chosen
     jax.clear_caches()
 
