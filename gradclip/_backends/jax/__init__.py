@@ -123,7 +123,7 @@ def _apart(arrays: Sequence[Array]) -> bool:
 def _held(x: Array) -> Array:
     """The array that a tracer of `grad` or `vmap` stands for, where there is one: without `jit`, those compute."""
     x = lax.stop_gradient(x)
-    while hasattr(x, "val") and is_traced(x):
+    while type(x).__name__ == "BatchTracer":  # JAX does not export it
         x = x.val
     return x
 
@@ -151,7 +151,7 @@ def _decide(partials: Seen, bounds: Bounds, *, norm: Norm, groups: Groups, nonfi
     norms = derivatives.finish(norm, rows) if rows else None
     decision = decide(jnp, norms, bounds, wide, nonfinite)
     factors = derivatives.divided(decision.numerator, decision.denominator)
-    dtypes = [jnp.float64 if x else jnp.float32 for x in groups.wide]
+    dtypes = [decision.norm.dtype if x else jnp.float32 for x in groups.wide]  # NumPy's float64 may not be ours
     each = [derivatives.entry(decision.norm, i).astype(dtype) for i, dtype in enumerate(dtypes)]
     return Verdict(each, factors, decision.finite, decision.joined_finite)
 

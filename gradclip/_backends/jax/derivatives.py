@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gradclip._backends.generic import Backend
@@ -51,11 +52,13 @@ def _partials_jvp(one_pass: Any, norm: Norm, groups: Groups, join: Any, primals:
         # Linear in the tangent: this can be transposed.
         slopes[group] += [jnp.sum(a * dg) for a, dg in zip(u, sums.parts(tangent, acc), strict=True)]
         ties[group] += [] if weight is None else [jnp.sum(weight)]
-    table = jnp.stack([jnp.stack([jnp.sum(jnp.stack(x)) for x in some]) for some in (slopes, ties)])
+    kinds = [slopes, ties] if any(len(x) > 1 for x in ties) else [slopes]
+    tables = [jnp.stack([jnp.sum(jnp.stack(x)) for x in some])[None] for some in kinds]
     if join is not None:
-        table = join(table, "sum")
+        tables = [join(table, "sum") for table in tables]
     # Several elements that share the extreme magnitude get a part each.
-    slope = ends.over(jnp, table[0, :count] / jnp.maximum(table[1, :count], 1))
+    slope, *shared = (table[0, :count] for table in tables)
+    slope = ends.over(jnp, slope / jnp.maximum(shared[0], 1) if shared else slope)
     last = jnp.concatenate([slope[None], jnp.zeros_like(joined[-1][1:])])
     return joined, (*map(jnp.zeros_like, joined[:-1]), last)
 
@@ -168,7 +171,7 @@ def _scaled_jvp(groups: Groups, primals: Any, tangents: Any) -> Any:
         # Not by bits: this is linear in the tangents, and is transposed.
         straight = _XP._scaled(d_leaf, [entry(step, group) for step in absolute.steps])
         by = entry(relative.factor, group)
-        wide = jnp.result_type(by, 1j) if jnp.iscomplexobj(out) else by.dtype
+        wide = np.result_type(by.dtype, np.complex64) if jnp.iscomplexobj(out) else by.dtype
         return straight + (out.astype(wide) * by.astype(wide)).astype(out.dtype)
 
     return outs, [slope(*these) for these in zip(outs, d_leaves, groups.base, strict=True)]
