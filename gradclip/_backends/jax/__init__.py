@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import array_api_compat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,13 @@ class JaxBackend(Backend):
         return _scale(list(leaves), factors, groups=groups)
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
-        return super().clamp(leaf, low, high)
+        device = array_api_compat.device(leaf)
+
+        def bound(x: Any) -> Any:
+            found = self._bound(x, leaf.dtype, device)
+            return placed(found, device) if isinstance(found, np.generic) else found
+
+        return _clamp(leaf, None if low is None else bound(low), bound(high))
 
     def count_nonfinite(
         self, leaves: Sequence[Array], finite: Array, named: Callable[[int], str]
@@ -154,6 +161,11 @@ def _decide(partials: Seen, bounds: Bounds, *, norm: Norm, groups: Groups, nonfi
     dtypes = [decision.norm.dtype if x else jnp.float32 for x in groups.wide]  # NumPy's float64 may not be ours
     each = [derivatives.entry(decision.norm, i).astype(dtype) for i, dtype in enumerate(dtypes)]
     return Verdict(each, factors, decision.finite, decision.joined_finite)
+
+
+@partial(jax.jit, inline=True)
+def _clamp(leaf: Array, low: Array | None, high: Array) -> Array:
+    return Backend(jnp).clamp(leaf, low, high)
 
 
 @partial(jax.jit, static_argnames=("groups",), inline=True)
