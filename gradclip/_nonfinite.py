@@ -47,9 +47,17 @@ def raise_if_bad(
     hint = (
         "" if culprits or any(texts) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
     )
-    bad = [str(float(x)) for x in verdict.norms if not math.isfinite(float(x))]
-    what = f"their global norm is {float(verdict.norms[0])}" if len(verdict.norms) == 1 else f"{len(bad)} norms are not"
-    raise NonFiniteError(what, culprits, hint, texts) from failure
+    raise NonFiniteError(_described(verdict.norms), culprits, hint, texts) from failure
+
+
+def _described(norms: Sequence[Array]) -> str:
+    try:
+        values = [float(x) for x in norms]
+    except TypeError:  # under JAX's `grad` and `vmap` a norm is not one number
+        return "their norms are not"
+    if len(values) == 1:
+        return f"their global norm is {values[0]}"
+    return f"{sum(not math.isfinite(x) for x in values)} norms are not"
 
 
 def _description(leaf: Array) -> str:

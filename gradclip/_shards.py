@@ -32,12 +32,6 @@ class Shards:
         self._kinds = dict.fromkeys(found) or {None: None}
         number = {kind: i for i, kind in enumerate(self._kinds)}
         self.measured = groups.split([number[kind] for kind in found])
-        self._counts = [
-            all_reduce.counts(kind, flat.values[found.index(kind)])
-            if isinstance(all_reduce, Engine) and found
-            else True
-            for kind in self._kinds
-        ]
 
     def join(self, partial: Array, op: ReduceOp) -> Array:
         """A partial of `measured`, joined: one column a group, or as it came where a pass follows.
@@ -46,8 +40,8 @@ class Shards:
         unless all shards run one program.
         """
         xp, n = array_api_compat.array_namespace(partial), self._groups.count
-        columns = [partial[:, k * n : (k + 1) * n] for k in range(len(self._counts))]
-        counted = [self._counted(xp, x, op, counts) for x, counts in zip(columns, self._counts, strict=True)]
+        columns = [partial[:, k * n : (k + 1) * n] for k in range(len(self._kinds))]
+        counted = [self._counted(xp, x, op, kind) for x, kind in zip(columns, self._kinds, strict=True)]
         mine = counted[0]
         if len(counted) > 1:
             table = xp.stack(counted)
@@ -64,8 +58,9 @@ class Shards:
             row = xp.asarray([flags], dtype=partial.dtype, device=array_api_compat.device(partial))
         return self._reduced(xp.concat([mine, row]), op)
 
-    def _counted(self, xp: Any, partial: Array, op: ReduceOp, counts: Any) -> Array:
+    def _counted(self, xp: Any, partial: Array, op: ReduceOp, kind: Hashable) -> Array:
         """A partial where this shard counts it, else what joins without effect: selected, for 0 * NaN is NaN."""
+        counts = self._all_reduce.counts(kind, partial) if isinstance(self._all_reduce, Engine) else True
         if counts is True:
             return partial
         nothing = xp.full_like(partial, identity(op))

@@ -17,12 +17,13 @@ import gradclip
 from backends import np_dtype
 
 jax = pytest.importorskip("jax")
+import jax.export  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import checkify  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
-from gradclip._kernels.jax_sums import PLAIN_IS_EXACT  # noqa: E402
+from gradclip._backends.jax.sums import PLAIN_IS_EXACT  # noqa: E402
 
 pytestmark = pytest.mark.library("jax")
 
@@ -399,6 +400,59 @@ def test_checkify_reports_a_bad_norm() -> None:
 def test_without_checkify_tracing_says_what_to_do() -> None:
     with pytest.raises(Exception, match=r"checkify\.checkify"):
         jax.jit(lambda g: gradclip.clip_grad_norm(g, 1.0, nonfinite="error"))([jnp.ones(2)])
+
+
+def _bad() -> dict[str, Any]:
+    return {"w": jnp.array([3.0, jnp.nan]), "b": jnp.ones(3)}
+
+
+def _clipped_or_error(g: Any) -> Any:
+    return gradclip.clip_grad_norm(g, 1.0, nonfinite="error").grads["w"].sum()
+
+
+@pytest.mark.parametrize("transform", [jax.grad, lambda f: lambda g: jax.jvp(f, (g,), (g,))], ids=["grad", "jvp"])
+def test_the_error_policy_in_derivatives_without_jit(transform: Any) -> None:
+    """What `except NonFiniteError` catches, and not checkify's advice."""
+    good = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(3)}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(transform(_clipped_or_error)(good)))
+    with pytest.raises(gradclip.NonFiniteError, match=r"grads\['w'\] \(float32, shape \(2,\)\): 1 NaN, 0 inf"):
+        transform(_clipped_or_error)(_bad())
+
+
+def test_the_error_policy_in_vmap_without_jit() -> None:
+    """Of all examples together."""
+    rows = jax.tree.map(lambda x: jnp.stack([jnp.ones_like(x), x, x]), _bad())
+    with pytest.raises(gradclip.NonFiniteError, match=r"grads\['w'\] .*2 NaN, 0 inf"):
+        jax.vmap(_clipped_or_error)(rows)
+    with pytest.raises(gradclip.NonFiniteError, match=r"grads\['w'\] .*2 NaN, 0 inf"):
+        jax.vmap(jax.grad(_clipped_or_error))(rows)
+    assert jax.vmap(_clipped_or_error)(jax.tree.map(jnp.ones_like, rows)).shape == (3,)
+
+
+@pytest.mark.parametrize("per", [None, "leaf"])
+def test_export_with_symbolic_sizes(per: Any) -> None:
+    n, m = jax.export.symbolic_shape("n, m")
+    shapes = {"w": jax.ShapeDtypeStruct((n, m), jnp.float32), "b": jax.ShapeDtypeStruct((m,), jnp.bfloat16)}
+    clip = jax.jit(lambda g: tuple(gradclip.clip_grad_norm(g, 1.0, per=per)))
+    exported = jax.export.export(clip, platforms=["cpu", "cuda"])(shapes)
+    tree = {"w": jnp.full((2, 4), 3.0), "b": jnp.ones(4, jnp.bfloat16)}
+    for got, want in zip(jax.tree.leaves(exported.call(tree)), jax.tree.leaves(clip(tree)), strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("per", [None, "leaf", {"w": 1, "b": 2}])
+def test_eager_calls_copy_nothing_from_the_host_unasked(per: Any) -> None:
+    g = {"w": jnp.array([3.0, 4.0]), "b": jnp.ones(3, jnp.bfloat16)}
+    bound = jnp.float32(1.0)
+    gradclip.global_norm(g)  # a program's constants are copied when it is compiled
+    with jax.transfer_guard("disallow"):
+        gradclip.norms(g, per=per)
+        for c in (1.0, bound):
+            gradclip.clip_grad_norm(g, c, per=per, nonfinite="zero", divide_by=2.0)
+            gradclip.clip_grad_norm(g, 1.0, norm=c, per=per)
+            gradclip.clip_grad_value(g, c)
+        gradclip.clip_grad_value(g, (-1.0, bound))
+        gradclip.clip_grad_norm(g, {"w": 1.0, "b": 2.0} if per == "leaf" else 1.0, 3.0, per=per)
 
 
 # -- in place, other leaves --------------------------------------------------------------------------------
@@ -973,7 +1027,7 @@ def chosen() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "platform_dependent", choose_default)
         if not PLAIN_IS_EXACT:  # XLA's own sum, which a GPU would make otherwise
-            patch.setattr("gradclip._kernels.jax.SHORT", 1 << 17)
+            patch.setattr("gradclip._backends.jax.sums.SHORT", 1 << 17)
         yield chosen
     jax.clear_caches()
 

@@ -1,0 +1,173 @@
+"""JAX: whole rooms under one `jax.jit`, derivative rules of their own, and sums that XLA does not spoil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import array_api_compat
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import checkify
+
+from gradclip._backends.generic import Backend
+from gradclip._backends.jax import derivatives, sums
+from gradclip._backends.jax.arrays import devices, is_traced, placed
+from gradclip._decide import Bounds, Verdict, decide
+from gradclip._dtypes import COMPONENT_BITS, dtype_names
+from gradclip._groups import Groups
+from gradclip._norms import Norm, Seen
+from gradclip._scaled import Factors, Scaled
+from gradclip._types import Array, Nonfinite, ReduceOp
+
+
+class JaxBackend(Backend):
+    """The work on `jax.Array`, traced or not. What runs eagerly is compiled, and cached by shapes."""
+
+    def __init__(self) -> None:
+        super().__init__(jnp)
+
+    def adopt(self, leaves: Sequence[Array]) -> list[Array]:
+        return [x if isinstance(x, jax.Array) else jnp.asarray(_native(x)) for x in leaves]
+
+    def accumulation(self, leaves: Sequence[Array]) -> Any:
+        """As wide as the leaves: float64 costs where it is not needed."""
+        wide = any(COMPONENT_BITS[name] == 64 for name in dtype_names(leaves))
+        return jnp.float64 if wide else jnp.float32
+
+    def move(self, x: Array, device: Any) -> Array:
+        if device is None or is_traced(x) or devices(x) == getattr(device, "device_set", {device}):
+            return x
+        return placed(x, device)
+
+    def number(self, value: Any, acc: Any, device: Any) -> Scaled:
+        if not isinstance(value, list) or not all(isinstance(x, float) for x in value):
+            found = super().number(value, acc, device)
+        else:
+            numbers = [super(JaxBackend, self).number(x, acc, None) for x in value]
+            exponents = [0.0 if e is None else e for _, e in numbers]
+            row = np.asarray([m for m, _ in numbers], acc)
+            found = Scaled(row, np.asarray(exponents, acc) if any(exponents) else None)
+        return found if is_traced(*jax.tree.leaves(found)) else Scaled(*placed(tuple(found), device))
+
+    def _full(self, value: float, dtype: Any, device: Any) -> Array:
+        return np.dtype(dtype).type(value)
+
+    # -- norms ---------------------------------------------------------------------------------------------
+
+    def partials(
+        self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array] | None
+    ) -> Seen:
+        leaves = list(leaves)
+        if _apart(leaves):
+            return derivatives.partials(self._spread, norm, groups, join, leaves)
+        if join is not None:  # a caller's `all_reduce` may be any code
+            return derivatives.partials(_one_pass, norm, groups, join, leaves)
+        return _partials(leaves, norm=norm, groups=groups)
+
+    def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
+        return _one_pass(list(leaves), seen, norm=norm, groups=groups)
+
+    def _spread(self, leaves: Sequence[Array], seen: Seen, *, norm: Norm, groups: Groups) -> Array:
+        """One pass over leaves on several devices."""
+        return super().partial(leaves, norm, groups, seen)
+
+    def _contribution(self, leaf: Array, norm: Norm, acc: Any, seen: Seen) -> Array:
+        alone = Groups((0,), 1, (False,))
+        return _one_pass([leaf], tuple(x[:, None] for x in seen), norm=norm, groups=alone)[:, 0]
+
+    # -- the policy ----------------------------------------------------------------------------------------
+
+    def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
+        return _decide(partials, bounds, norm=norm, groups=groups, nonfinite=nonfinite)
+
+    # -- clipping ------------------------------------------------------------------------------------------
+
+    def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
+        if _apart([*leaves, factors.factor]):
+            return super().scale(leaves, factors, groups, in_place)
+        return _scale(list(leaves), factors, groups=groups)
+
+    def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
+        device = array_api_compat.device(leaf)
+
+        def bound(x: Any) -> Any:
+            found = self._bound(x, leaf.dtype, device)
+            return placed(found, device) if isinstance(found, np.generic) else found
+
+        return _clamp(leaf, None if low is None else bound(low), bound(high))
+
+    def count_nonfinite(
+        self, leaves: Sequence[Array], finite: Array, named: Callable[[int], str]
+    ) -> list[tuple[int, int]] | None:
+        held, finite = [_held(x) for x in leaves], _held(finite)
+        if not is_traced(finite, *held):
+            return super().count_nonfinite(held, finite, named)
+        for i, x in enumerate(leaves):
+            nan = jnp.sum(jnp.isnan(x))
+            inf = jnp.sum(jnp.isinf(x)) - jnp.sum(jnp.logical_and(jnp.isinf(x), jnp.isnan(x)))
+            name = named(i).replace("{", "{{").replace("}", "}}")
+            message = f"the gradients are not finite: {name} holds {{nan}} NaN, {{inf}} inf"
+            checkify.check(nan + inf == 0, message, nan=nan, inf=inf)
+        checkify.check(jnp.all(finite), "the gradients are not finite: a norm, norm= or divide_by= is not")
+        return None
+
+
+def _native(x: Any) -> Any:
+    """In this machine's byte order."""
+    foreign = isinstance(x, np.ndarray | np.generic) and not x.dtype.isnative
+    return x.astype(x.dtype.newbyteorder("=")) if foreign else x
+
+
+def _apart(arrays: Sequence[Array]) -> bool:
+    """Whether arrays live on different devices."""
+    return len({devices(x) for x in arrays} - {None}) > 1
+
+
+def _held(x: Array) -> Array:
+    """The array that a tracer of `grad` or `vmap` stands for, where there is one: without `jit`, those compute."""
+    x = lax.stop_gradient(x)
+    while type(x).__name__ == "BatchTracer":  # JAX does not export it
+        x = x.val
+    return x
+
+
+@partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
+def _one_pass(leaves: list[Array], seen: Seen, *, norm: Norm, groups: Groups) -> Array:
+    return sums.partial(leaves, norm, groups, JaxBackend().accumulation(leaves), seen)
+
+
+@partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
+def _partials(leaves: list[Array], *, norm: Norm, groups: Groups) -> Seen:
+    return derivatives.partials(_one_pass, norm, groups, None, leaves)
+
+
+@partial(jax.jit, static_argnames=("norm", "groups", "nonfinite"), inline=True)
+def _decide(partials: Seen, bounds: Bounds, *, norm: Norm, groups: Groups, nonfinite: Nonfinite) -> Verdict:
+    wide: Any = all(groups.wide)
+    if partials and partials[-1].shape[0] > norm.slots[-1]:  # other shards have said it
+        wide = partials[-1][norm.slots[-1]] != 0
+    elif any(groups.wide) and not wide:
+        wide = jnp.asarray(groups.wide)
+    rows = tuple(x[:, : groups.count] for x in partials)
+    if groups.count == 1:  # 0-d: that compiles faster
+        rows, bounds, wide = jax.tree.map(lambda x: x if isinstance(x, bool) else x[..., 0] if x.ndim else x, (rows, bounds, wide))
+    norms = derivatives.finish(norm, rows) if rows else None
+    decision = decide(jnp, norms, bounds, wide, nonfinite)
+    factors = derivatives.divided(decision.numerator, decision.denominator)
+    dtypes = [decision.norm.dtype if x else jnp.float32 for x in groups.wide]  # NumPy's float64 may not be ours
+    each = [derivatives.entry(decision.norm, i).astype(dtype) for i, dtype in enumerate(dtypes)]
+    return Verdict(each, factors, decision.finite, decision.joined_finite)
+
+
+@partial(jax.jit, inline=True)
+def _clamp(leaf: Array, low: Array | None, high: Array) -> Array:
+    return Backend(jnp).clamp(leaf, low, high)
+
+
+@partial(jax.jit, static_argnames=("groups",), inline=True)
+def _scale(leaves: list[Array], factors: Factors, *, groups: Groups) -> list[Array]:
+    return derivatives.scaled(groups, leaves, factors)

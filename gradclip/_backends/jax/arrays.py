@@ -1,0 +1,47 @@
+"""What the types of JAX's arrays say, and where arrays are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gradclip._types import Array
+
+
+def is_traced(*arrays: Array) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def varying(x: Array) -> frozenset[Any]:
+    """The manual axes over which a value varies, as far as JAX tracks them. JAX 0.8 keeps them in `vma`."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", None) or getattr(kind, "vma", None) or ())
+
+
+def may_be_sharded(x: Array) -> bool:
+    """Whether the type of a traced array names a mesh that the compiler spreads arrays over.
+
+    The gradients of arrays on a mesh have such types; only `in_shardings` for arrays from elsewhere leave no trace.
+    """
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty or mesh.size == 1:
+        return False
+    return any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+
+
+def devices(x: Array) -> frozenset[Any] | None:
+    """The devices that hold an array; None for one that can be anywhere: traced, or the host's."""
+    return frozenset(x.sharding.device_set) if isinstance(x, jax.Array) and not is_traced(x) else None
+
+
+def placed(x: Any, device: Any) -> Any:
+    """Small arrays on the devices of `device` (a device or a sharding), in whole on each."""
+    if device is None:
+        return x
+    where = sorted(getattr(device, "device_set", None) or [device], key=lambda d: d.id)
+    whole = NamedSharding(Mesh(np.asarray(where), ("all",)), PartitionSpec())
+    return jax.device_put(x, where[0] if len(where) == 1 else whole)

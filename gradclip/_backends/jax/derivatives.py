@@ -1,0 +1,177 @@
+"""Derivatives: d||g|| = Re<u, dg>, u the norm's direction; for p = 2 that is g / ||g||, and 0 at g = 0.
+
+The rule stands around the whole measurement, collectives included. Two tangents are not what they seem, between the
+functions of this file only: slot 0 of the last partial carries that of the norm's mantissa (`partials` to `finish`), and
+that of a factor is the relative one, d(factor) / factor (`divided` to `scaled`): the absolute one is about
+1 / ||g||**2, which is no normal float32 for norms from 1e19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gradclip._backends.generic import Backend
+from gradclip._backends.jax import sums
+from gradclip._groups import Groups
+from gradclip._norms import Norm, Seen
+from gradclip._scaled import Factors, Scaled, quotient
+from gradclip._types import Array
+
+_XP = Backend(jnp)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def partials(one_pass: Callable[..., Array], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Seen:
+    """The partial of every pass, joined."""
+    seen: Seen = ()
+    for op in norm.ops:
+        found = one_pass(leaves, seen, norm=norm, groups=groups)
+        seen += (found if join is None else join(found, op),)
+    return seen
+
+
+@partials.defjvp
+def _partials_jvp(one_pass: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
+    joined = partials(one_pass, norm, groups, join, *primals)
+    acc, count = joined[-1].dtype, joined[-1].shape[1]
+    ends = finish(norm, tuple(x[:, :count] for x in joined))
+    slopes: list[list[Array]] = [[jnp.zeros((), acc)] for _ in range(groups.count)]
+    ties: list[list[Array]] = [[jnp.zeros((), acc)] for _ in range(groups.count)]
+    for leaf, tangent, group in zip(*primals, *tangents, groups.base, strict=True):
+        if 0 in leaf.shape:
+            continue
+        entry = jax.tree.map(lambda x, i=group % count: x[i], ends)
+        u, weight = norm.direction(jnp, sums.parts(leaf, acc), entry)
+        # Linear in the tangent: this can be transposed.
+        slopes[group] += [jnp.sum(a * dg) for a, dg in zip(u, sums.parts(tangent, acc), strict=True)]
+        ties[group] += [] if weight is None else [jnp.sum(weight)]
+    kinds = [slopes, ties] if any(len(x) > 1 for x in ties) else [slopes]
+    tables = [jnp.stack([jnp.sum(jnp.stack(x)) for x in some])[None] for some in kinds]
+    if join is not None:
+        tables = [join(table, "sum") for table in tables]
+    # Several elements that share the extreme magnitude get a part each.
+    slope, *shared = (table[0, :count] for table in tables)
+    slope = ends.over(jnp, slope / jnp.maximum(shared[0], 1) if shared else slope)
+    last = jnp.concatenate([slope[None], jnp.zeros_like(joined[-1][1:])])
+    return joined, (*map(jnp.zeros_like, joined[:-1]), last)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def finish(norm: Norm, joined: Seen) -> Scaled:
+    """The norms that joined partials stand for."""
+    return norm.finish(jnp, joined)
+
+
+@finish.defjvp
+def _finish_jvp(norm: Norm, primals: Any, tangents: Any) -> Any:
+    found = finish(norm, *primals)
+    still = None if found.exponent is None else jnp.zeros_like(found.exponent)
+    return found, Scaled(tangents[0][-1][0], still)
+
+
+@jax.custom_jvp
+def divided(bound: Scaled, norm: Scaled) -> Factors:
+    """`quotient`."""
+
+    def at_once(bound: Scaled, norm: Scaled) -> Factors:
+        return quotient(jnp, bound, norm)
+
+    def on_condition(bound: Scaled, norm: Scaled) -> Factors:
+        """1 / 1 is not computed; and XLA fuses nothing across a condition.
+
+        Else its CPU compiler would compute the quotient again for every leaf: with 200 leaves, compiling took 1.9 s.
+        """
+        neither = jnp.logical_and(bound.mantissa == 1, norm.mantissa == 1)
+        for exponent in (bound.exponent, norm.exponent):
+            neither = neither if exponent is None else jnp.logical_and(neither, exponent == 0)
+        return lax.cond(jnp.all(neither), lambda b, n: Factors(b.mantissa, n.mantissa), at_once, bound, norm)
+
+    if norm.exponent is None and bound.exponent is None:
+        return at_once(bound, norm)
+    return lax.platform_dependent(bound, norm, cpu=on_condition, default=at_once)
+
+
+@divided.defjvp
+def _divided_jvp(primals: Any, tangents: Any) -> Any:
+    (bound, norm), (d_bound, d_norm) = primals, tangents
+    factors = divided(bound, norm)
+    by_bound = d_bound.mantissa / jnp.where(bound.mantissa == 0, jnp.full_like(bound.mantissa, jnp.inf), bound.mantissa)
+    still = None if factors.shift is None else jnp.zeros_like(factors.shift)
+    return factors, Factors(by_bound - d_norm.mantissa / norm.mantissa, still)
+
+
+@jax.custom_jvp
+def _absolute(factor: Array) -> Array:
+    """The factor, with its tangent as it really is."""
+    return factor
+
+
+@_absolute.defjvp
+def _absolute_jvp(primals: Any, tangents: Any) -> Any:
+    factor = _absolute(*primals)
+    return factor, factor * tangents[0]
+
+
+def entry(row: Array, group: int) -> Array:
+    """The number of one group, from a row or from one number for all."""
+    return row[group if row.shape[0] > 1 else 0] if row.ndim else row
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
+    """Every leaf times the factor of its group."""
+    ones: dict[int, list[Array]] = {}
+    for group in groups.base:
+        if group not in ones:
+            ones[group] = [entry(step, group) for step in factors.steps]
+    return [_scaled(leaf, ones[group]) for leaf, group in zip(leaves, groups.base, strict=True)]
+
+
+def _scaled(leaf: Array, steps: list[Array]) -> Array:
+    by_bits = leaf.dtype == jnp.bfloat16 and steps[0].dtype == jnp.float32
+    if not by_bits:
+        return _XP._scaled(leaf, steps)
+    factor = steps[len(steps) // 2]
+    keep = factor == 1 if len(steps) == 1 else jnp.logical_and(factor == 1, steps[0] == 1)
+    product = _widened(leaf)
+    for step in steps:
+        product = product * jnp.where(step == 0, jnp.ones_like(step), step)
+    bits = lax.select(keep, _bits(leaf), _bits(product.astype(leaf.dtype)))
+    return lax.bitcast_convert_type(lax.select(factor == 0, jnp.zeros_like(bits), bits), jnp.bfloat16)
+
+
+# The norm casts a bfloat16 leaf to float32. Where such a cast has a second use, XLA's CPU compiler writes out the wide
+# array, and a select has casts in it, too. By bits, the clip of 24 million elements takes 7 ms, and took 65.
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _widened(x: Array) -> Array:
+    """bfloat16 as float32."""
+    wide = _bits(x).astype(jnp.uint32)
+    return lax.bitcast_convert_type(lax.shift_left(wide, lax.full_like(wide, 16)), jnp.float32)
+
+
+@scaled.defjvp
+def _scaled_jvp(groups: Groups, primals: Any, tangents: Any) -> Any:
+    (leaves, factors), (d_leaves, relative) = primals, tangents
+    outs = scaled(groups, leaves, factors)
+    absolute = factors._replace(factor=_absolute(factors.factor))
+
+    def slope(out: Array, d_leaf: Array, group: int) -> Array:
+        # Not by bits: this is linear in the tangents, and is transposed.
+        straight = _XP._scaled(d_leaf, [entry(step, group) for step in absolute.steps])
+        by = entry(relative.factor, group)
+        wide = np.result_type(by.dtype, np.complex64) if jnp.iscomplexobj(out) else by.dtype
+        return straight + (out.astype(wide) * by.astype(wide)).astype(out.dtype)
+
+    return outs, [slope(*these) for these in zip(outs, d_leaves, groups.base, strict=True)]
