@@ -99,7 +99,12 @@ def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
             _check_kind(hi.path, hi.value)
             pairs.append(_Pair(_float(lo.value), _float(hi.value), f"{lo.path} and {hi.path}"))
     else:
-        for path, bound in flat.spread(clip_value, "clip_value", _is_pair):
+        try:
+            entries = flat.spread(clip_value, "clip_value", _is_pair)
+        except ValueError as error:
+            hint = "; a pair of bounds is a tuple, (lo, hi)" if type(clip_value) is list and len(clip_value) == 2 else ""
+            raise ValueError(f"{error}{hint}") from None
+        for path, bound in entries:
             if _is_pair(bound):
                 _check_kind(path, *bound)
                 pairs.append(_Pair(_float(bound[0]), _float(bound[1]), path))

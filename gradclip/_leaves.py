@@ -10,7 +10,7 @@ import array_api_compat
 from gradclip._backends.generic import Backend
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._errors import LeafError
-from gradclip._libraries import LIBRARIES, backend_of, can_join, immutable, is_nothing, library, unsuitable
+from gradclip._libraries import LIBRARIES, backend_of, can_join, immutable, is_nothing, lacking, library, unsuitable
 from gradclip._tree import Flat, flatten
 from gradclip._types import Array, Clipped, Tree
 
@@ -101,6 +101,9 @@ def _objection(x: Any, name: str | None) -> tuple[str, str]:
             f"a {kind}, which is no array of the Python array API and no container that gradclip knows",
             "pass arrays in lists, tuples, dicts or named tuples, or register the class as a JAX pytree",
         )
+    lacks = "" if name in LIBRARIES else lacking(x)
+    if lacks:
+        return f"of type {kind}, which does not speak the array API well enough ({lacks})", "convert it first"
     dtype = dtype_name(x)
     if dtype not in COMPONENT_BITS:
         return (

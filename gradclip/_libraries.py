@@ -40,6 +40,8 @@ def library(x: Any) -> str | None:
     for known in LIBRARIES.values():
         if known.owns(x):
             return known.name
+    if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
+        return "torch DTensor"
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
         return str(array_api_compat.array_namespace(x).__name__).removeprefix("array_api_compat.").split(".")[0]
     return None
@@ -117,8 +119,11 @@ def unsuitable(x: Any) -> tuple[str, str]:
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     if _is(x, "torch.nn", "Parameter"):
         return "a torch Parameter", "pass its gradient (p.grad), or the weights would be clipped"
-    if "sparse" in kind or _is_sparse_tensor(x):
+    layout = str(getattr(x, "layout", "strided")) if _is(x, "torch", "Tensor") else "strided"
+    if "sparse" in kind or "sparse" in layout:
         return f"a sparse array ({kind})", "make it dense first; its stored duplicates would spoil the norm"
+    if "strided" not in layout or getattr(x, "is_nested", False):
+        return f"a tensor ({kind}) of layout {layout}, nested or opaque", "pass strided ones (unbind() or to_dense())"
     if _is(x, "numpy.ma", "MaskedArray"):
         return "a masked array", "fill it first (x.filled(0)), so that masked elements have a value"
     if _is(x, "numpy", "matrix"):
@@ -132,6 +137,14 @@ def _is(x: Any, module: str, name: str) -> bool:
     return kind is not None and isinstance(x, kind)
 
 
-def _is_sparse_tensor(x: Any) -> bool:
-    layout = getattr(x, "layout", None)
-    return _is(x, "torch", "Tensor") and "strided" not in str(layout)
+def lacking(x: Any) -> str:
+    """What an array has not that the work on it needs: a shape, a device, functions of the Python array API."""
+    try:
+        xp = array_api_compat.array_namespace(x)
+        tuple(x.shape), array_api_compat.device(x)
+        return ", ".join(name for name in _NEEDED if not hasattr(xp, name))
+    except Exception as error:
+        return str(error)
+
+
+_NEEDED = ("astype", "where", "stack", "concat", "isfinite", "logical_and", "maximum", "full_like", "finfo")

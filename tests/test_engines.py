@@ -14,6 +14,7 @@ import pytest
 
 import exact
 import gradclip
+from gradclip._backends.generic import Backend as Generic
 from gradclip.distributed import Engine
 
 INF = math.inf
@@ -163,6 +164,32 @@ def test_error_is_raised_on_all_and_names_all(xp: Any) -> None:
         "rank 2 of 3:",
         "grads['own'] (float32, shape (2,)): 1 NaN, 1 inf",
     ]
+
+
+def test_a_shard_that_fails_while_it_counts_leaves_nobody_waiting(xp: Any, monkeypatch: Any) -> None:
+    """Its own error is told to all, and stands behind its NonFiniteError."""
+    if xp.name.startswith(("jax", "cupy")):
+        pytest.skip(f"{xp.name} counts in its own way")
+
+    def failing(backend: Any, leaf: Any) -> Any:
+        if math.prod(leaf.shape) == 7:  # rank 1's
+            raise MemoryError("out of memory")
+        return census(backend, leaf)
+
+    census = Generic._census
+    monkeypatch.setattr(Generic, "_census", failing)
+
+    def clip(rank: int, engine: Engineered) -> BaseException:
+        grads = {"own": xp.array(np.full(7 if rank == 1 else 3, math.nan), "float32"), "copies": None}
+        with pytest.raises(gradclip.NonFiniteError, match="global norm is nan") as caught:
+            gradclip.clip_grad_norm(grads, 0.5, nonfinite="error", all_reduce=engine)
+        assert len(caught.value.culprits) == (0 if rank == 1 else 1)
+        return caught.value
+
+    errors, _ = together(xp, None, clip)
+    assert len(set(map(str, errors))) == 1
+    assert "could not count: MemoryError('out of memory')" in str(errors[0])
+    assert [type(error.__cause__) for error in errors] == [type(None), MemoryError, type(None)]
 
 
 @pytest.mark.library("numpy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -296,6 +297,41 @@ def test_numpy_bfloat16(n: int) -> None:
     near = np.abs(wide(grads[0]) - wide(host) / want)
     units = np.exp2(np.floor(np.log2(np.abs(wide(host) / want))) - 7)
     assert (near <= units * 0.5001).all()  # rounded once
+
+
+@pytest.mark.library("numpy")
+def test_counting_what_is_not_finite_takes_no_masks_as_large_as_the_leaf() -> None:
+    x = np.ones(5_000_000, np.float32)
+    x[123_456], x[-1] = math.nan, -INF
+    tracemalloc.start()
+    try:
+        with pytest.raises(gradclip.NonFiniteError, match=r"grads \(float32, shape \(5000000,\)\): 1 NaN, 1 inf"):
+            gradclip.clip_grad_norm(x, 1.0, nonfinite="error")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e6, "beside 20 MB of gradients"
+
+
+@pytest.mark.library("torch")
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, INF, -INF, 0.0])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
+def test_torch_derivatives_at_zero_are_zero(dtype: str, p: float) -> None:
+    """Not NaN, as the square root of 0 alone would have it; and that of the clip is 1 there."""
+    torch = pytest.importorskip("torch")
+    for per in (None, "leaf"):
+        x = torch.zeros(3, dtype=getattr(torch, dtype), requires_grad=True)
+        y = torch.full((2,), 3.0, dtype=getattr(torch, dtype), requires_grad=True)
+        for leaves_of, wanted in (([x], 0.0), ([x, y], None)):
+            norm = gradclip.norms(leaves_of, p, per=per)
+            norm = norm[0] if per else norm
+            (slope,) = torch.autograd.grad(norm, [x], allow_unused=True, materialize_grads=True)
+            assert torch.isfinite(torch.view_as_real(slope) if slope.is_complex() else slope).all()
+            if wanted is not None:
+                assert not slope.any()
+        out = gradclip.clip_grad_norm([x], 1.0, p, per=per).grads[0]
+        (slope,) = torch.autograd.grad(out.real.sum(), x)
+        assert slope.tolist() == [1] * 3
 
 
 def test_numpy_threads() -> None:

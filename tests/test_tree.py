@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
+import math
+import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict, namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -658,6 +664,29 @@ def bcoo(jax: Any) -> Any:
     return pytest.importorskip("jax.experimental.sparse").BCOO.fromdense(jax.numpy.eye(3))
 
 
+def nested(torch: Any, **layout: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it is a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], **layout)
+
+
+def jagged(torch: Any) -> Any:
+    return nested(torch, layout=torch.jagged)
+
+
+class Odd:
+    """An array of a library that has a namespace and little else, as MLX's and autograd's boxes are."""
+
+    shape, ndim, size, dtype = (2,), 1, 2, np.dtype("float32")
+
+    def __array_namespace__(self, api_version: Any = None) -> Any:
+        return math
+
+
+class OddOnDevice(Odd):
+    device = "cpu"
+
+
 #: a leaf, what the error calls it, and a word of the repair
 BAD_LEAVES = {
     "bool": (lambda: True, "the Python number True", "asarray"),
@@ -693,6 +722,19 @@ BAD_LEAVES = {
     "csr_matrix": (lambda: scipy_sparse("csr_matrix"), "a sparse array", "dense"),
     "coo_array": (lambda: scipy_sparse("coo_array"), "a sparse array", "dense"),
     "torch-sparse": (lambda: torch_leaf(lambda t: t.eye(3).to_sparse()), "a sparse array", "dense"),
+    "torch-nested": (
+        lambda: torch_leaf(nested),
+        r"a tensor \(torch\.Tensor\) of layout torch\.strided, nested",
+        "unbind",
+    ),
+    "torch-jagged": (lambda: torch_leaf(jagged), r"a tensor .* of layout torch\.jagged, nested", "unbind"),
+    "torch-mkldnn": (
+        lambda: torch_leaf(lambda t: t.ones(3).to_mkldnn()),
+        "a tensor .* of layout torch._mkldnn",
+        "dense",
+    ),
+    "no-device": (Odd, r"of type test_tree\.Odd, which does not speak .* has no attribute 'device'", "convert"),
+    "no-functions": (OddOnDevice, r"of type .*OddOnDevice, which does not speak .*astype, where", "convert"),
     "torch-parameter": (
         lambda: torch_leaf(lambda t: t.nn.Parameter(t.ones(3))),
         "a torch Parameter",
@@ -729,6 +771,87 @@ def test_a_matrix_is_refused_beside_arrays_of_its_dtype(verb):
         with pytest.raises(gradclip.LeafError, match=r"^grads\[0\] is a numpy\.matrix: .*numpy\.asarray"):
             verb([x.view(np.matrix)])
     assert x.tolist() == [[0.125] * 2] * 2
+
+
+def test_a_clipped_is_no_gradient():
+    """Its norm would count as a leaf: the norm of what was clipped to 1 came out as 50.01."""
+    x = np.float32([30.0, 40.0])
+    done = gradclip.clip_grad_norm([x], 1.0)
+    match = r"is a Clipped, what a clip has returned, .*: unpack it: grads, norm = \.\.\.$"
+    for verb in (
+        gradclip.global_norm,
+        gradclip.norms,
+        lambda t: gradclip.clip_grad_norm(t, 1.0),
+        lambda t: gradclip.clip_grad_norm_(t, 1.0),
+        lambda t: gradclip.clip_grad_value(t, 0.1),
+        lambda t: gradclip.clip_grad_value_(t, 0.1),
+    ):
+        with pytest.raises(gradclip.LeafError, match=rf"^grads {match}"):
+            verb(done)
+        with pytest.raises(gradclip.LeafError, match=rf"^grads\['step'\]\[0\] {match}"):
+            verb({"step": [done]})
+    grads, norm = done
+    assert float(norm) == 50.0
+    np.testing.assert_allclose(grads[0], [0.6, 0.8], rtol=1e-6)
+
+
+def test_errors_survive_pickle_and_copy():
+    """Also on the way out of a process."""
+    with pytest.raises(
+        gradclip.NonFiniteError, match=r"grads\['w'\] \(float64, shape \(3,\)\): 1 NaN, 1 inf"
+    ) as caught:
+        fails(None)
+    error = caught.value
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        from_afar = pool.submit(fails, None).exception(timeout=120)
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error), from_afar):
+        assert type(other) is gradclip.NonFiniteError
+        assert str(other) == str(error)
+        assert other.culprits == error.culprits == (gradclip.Culprit("grads['w']", "float64, shape (3,)", 1, 1),)
+    with pytest.raises(gradclip.LeafError, match="the Python number 3") as caught:
+        gradclip.global_norm([3])
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def fails(_: None) -> Any:
+    return gradclip.clip_grad_norm({"w": np.array([math.nan, math.inf, 1.0])}, 1.0, nonfinite="error")
+
+
+EXHAUSTED = {
+    "iterator": lambda: iter([]),
+    "generator": lambda: (x for x in ()),
+    "map": lambda: map(abs, []),
+}
+
+
+@pytest.mark.parametrize("make", EXHAUSTED.values(), ids=EXHAUSTED.keys())
+def test_an_iterator_that_gives_nothing_warns(make):
+    for verb in (gradclip.global_norm, lambda g: gradclip.clip_grad_norm(g, 1.0).norm):
+        with pytest.warns(UserWarning, match="an iterator that gives nothing, .*: was it read before"):
+            assert float(verb(make())) == 0.0
+    with pytest.warns(UserWarning, match="an iterator that gives nothing"):
+        gradclip.clip_grad_norm({"a": make(), "b": np.ones(2)}, 1.0)
+    for empty in ([], {}, {}.values(), {}.keys(), ()):  # nothing was lost here
+        assert float(gradclip.global_norm(empty)) == 0.0
+
+
+@pytest.mark.full
+def test_sharded_tensors_beside_plain_ones_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = distributed.DeviceMesh("cpu", [0])
+        sharded = distributed.distribute_tensor(torch.full((4,), 2.0), mesh, [distributed.Shard(0)])
+        with pytest.raises(
+            gradclip.LeafError, match=r"^grads\[0\] is a torch DTensor array and grads\[1\] a torch array"
+        ):
+            gradclip.clip_grad_norm([sharded, torch.ones(2)], 1.0)
+        grads, norm = gradclip.clip_grad_norm([sharded], 1.0)
+        assert float(norm.full_tensor()) == 4.0
+        assert grads[0].full_tensor().tolist() == [0.5] * 4
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_class_is_no_bound():

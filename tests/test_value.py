@@ -609,3 +609,15 @@ def test_traced_bounds():
     assert clip({"x": x}, {"x": 2})["x"].tolist() == [-2.0, 0.5, 2.0]
     constant = jax.jit(lambda v: gradclip.clip_grad_value({"w": np.float32([-5.0, 0.5])}, v))
     assert constant(1.0)["w"].tolist() == [-1.0, 0.5]
+
+
+@pytest.mark.library("numpy")
+def test_a_list_of_two_is_told_that_a_pair_is_a_tuple() -> None:
+    x = np.float32([3.0, 4.0])
+    match = r"^clip_value is a container \(list\), but its .* single array; a pair of bounds is a tuple, \(lo, hi\)$"
+    for verb in (gradclip.clip_grad_value, gradclip.clip_grad_value_):
+        with pytest.raises(ValueError, match=match):
+            verb(x, [-0.5, 0.5])
+        with pytest.raises(ValueError, match=r"it has \[0\], \[1\], they have \[0\]; a pair of bounds is a tuple"):
+            verb([x], [-0.5, 0.5])
+    assert x.tolist() == [3.0, 4.0]
