@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 CASES = (
+    "groups",
     "norms",
     "extremes",
     "boundary",

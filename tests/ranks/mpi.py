@@ -37,8 +37,9 @@ class Counting(MPI.Intracomm):
         return self
 
     def Allreduce(self, sendbuf: Any, recvbuf: Any, op: Any) -> None:
-        assert sendbuf[1] == 1, "one message"
-        self.calls.append(("Allreduce", sendbuf[0].size))
+        if isinstance(sendbuf, list):
+            assert sendbuf[1] == 1, "one message"
+        self.calls.append(("Allreduce", (sendbuf[0] if isinstance(sendbuf, list) else sendbuf).size))
         super().Allreduce(sendbuf, recvbuf, op)
 
     def allgather(self, sendobj: Any) -> Any:
@@ -101,6 +102,37 @@ def norms() -> None:
         for key, leaf in flat(tree).items():
             np.testing.assert_array_equal(leaf, flat(out.grads)[key])
             assert mine[key].shape == leaf.shape
+
+
+def groups() -> None:
+    """Every rank holds its part of each leaf: one norm for each leaf, or label, over all ranks."""
+    rng = np.random.default_rng(7)
+    whole = {"w": rng.standard_normal((size, 5)), "v": 1e30 * rng.standard_normal((size, 3)), "b": np.float64([[3, 4]])}
+    whole = {name: x.astype(np.float32) for name, x in whole.items()}
+    copies = {"w": False, "v": False, "b": True}
+    for per, members in (("leaf", {"w": "w", "v": "v", "b": "b"}), ({"w": 0, "v": 1, "b": 0}, {0: "wb", 1: "v"})):
+        for p in (2.0, 3.0, INF, -INF):
+            mine = {name: x[0] if copies[name] else x[rank] for name, x in whole.items()}
+            world.calls.clear()
+            grads, norm = gradclip.clip_grad_norm(mine, 0.5, p, per=per, all_reduce=mpi(world, copies))
+            assert all(name == "Allreduce" for name, _ in world.calls)
+            assert len(world.calls) <= 4, "a header and a partial for each pass"
+            for key, names in members.items():
+                want = exact.norm([whole[name] for name in names], p)
+                exact.check_norm(norm[key], want, "float32", 8)
+                for name in names:
+                    scaled = mine[name].astype(np.float64) * min(1.0, float(0.5 / want))
+                    np.testing.assert_allclose(grads[name], scaled, rtol=2**-22)
+    said = message_of(
+        ValueError,
+        gradclip.norms,
+        {"w": np.ones(2), "v": np.ones(1)},
+        per={"w": "a", "v": "b"} if rank else {"w": "b", "v": "a"},
+        all_reduce=mpi(world),
+    )
+    assert "the ranks do not agree on groups, and nothing was clipped: rank 0: labels 'b', 'a'; rank 1: " in said, said
+    said = message_of(ValueError, gradclip.norms, [np.ones(2)] * (1 + (rank == 1)), all_reduce=mpi(world))
+    assert "rank 0: 1 leaves; rank 1: 2 leaves" in said, said
 
 
 def flat(tree: Any) -> dict[str, Any]:
