@@ -80,7 +80,9 @@ def test_every_leaf_by_itself(p: float, how: str) -> None:
         assert got.dtype == x.dtype
         factor = min(1.0, float(bound / want)) if want else 1.0
         wide = np.asarray(x, np.float64)
-        np.testing.assert_allclose(np.asarray(got, np.float64), wide * factor, rtol=2.0**-8 if x.dtype == jnp.bfloat16 else 1e-6)
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), wide * factor, rtol=2.0**-8 if x.dtype == jnp.bfloat16 else 1e-6
+        )
     if p == 2:
         assert np.asarray(grads["b"]).tobytes() == np.asarray(tree["b"]).tobytes()
 
@@ -138,11 +140,26 @@ def test_what_is_in_one_group_is_not_in_others(p: float, bad: float, how: str) -
 
 def test_mixed_dtypes_have_norms_of_their_own() -> None:
     jax.config.update("jax_enable_x64", True)
-    tree = {"d": jnp.array([3e200, 4e200]), "s": jnp.float32([3, 4]), "c": jnp.complex64([3 + 4j]), "h": jnp.float16([300])}
+    tree = {
+        "d": jnp.array([3e200, 4e200]),
+        "s": jnp.float32([3, 4]),
+        "c": jnp.complex64([3 + 4j]),
+        "h": jnp.float16([300]),
+    }
     for f in (gradclip.norms, jax.jit(gradclip.norms)):
         norm = f(tree)
-        assert {k: x.dtype.name for k, x in norm.items()} == {"d": "float64", "s": "float32", "c": "float32", "h": "float32"}
-        assert {k: float(x) / 1e200 if k == "d" else float(x) for k, x in norm.items()} == {"d": pytest.approx(5, rel=1e-15), "s": 5.0, "c": 5.0, "h": 300.0}
+        assert {k: x.dtype.name for k, x in norm.items()} == {
+            "d": "float64",
+            "s": "float32",
+            "c": "float32",
+            "h": "float32",
+        }
+        assert {k: float(x) / 1e200 if k == "d" else float(x) for k, x in norm.items()} == {
+            "d": pytest.approx(5, rel=1e-15),
+            "s": 5.0,
+            "c": 5.0,
+            "h": 300.0,
+        }
 
 
 def test_vmap_of_leaves() -> None:
@@ -189,7 +206,10 @@ def test_derivatives_numerically() -> None:
 def test_groups_of_shards(mesh: Any, p: float) -> None:
     """Sharded leaves are summed over all devices, replicated ones count once, in each group of theirs."""
     rng = np.random.default_rng(5)
-    tree = {"w": jnp.asarray(rng.standard_normal((8, 3)), jnp.float32), "b": jnp.asarray(rng.standard_normal(5), jnp.float32)}
+    tree = {
+        "w": jnp.asarray(rng.standard_normal((8, 3)), jnp.float32),
+        "b": jnp.asarray(rng.standard_normal(5), jnp.float32),
+    }
     tree["v"] = jnp.asarray(rng.standard_normal(12), jnp.float32)
     specs = {"w": P("data"), "b": P(), "v": P("data")}
     for per, names in (("leaf", {"w": "w", "b": "b", "v": "v"}), ({"w": 0, "b": 0, "v": 1}, {0: "wb", 1: "v"})):
@@ -203,7 +223,9 @@ def test_groups_of_shards(mesh: Any, p: float) -> None:
             want = exact.norm([np.asarray(tree[k]) for k in members], p)
             exact.check_norm(norm[key], want, "float32", 8)
             for k in members:
-                np.testing.assert_allclose(grads[k], np.asarray(tree[k], np.float64) * min(1, float(0.25 / want)), rtol=1e-6)
+                np.testing.assert_allclose(
+                    grads[k], np.asarray(tree[k], np.float64) * min(1, float(0.25 / want)), rtol=1e-6
+                )
 
         def slope(f: Any) -> Any:
             return jax.jit(jax.grad(lambda g: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(f(g)))))(tree)
