@@ -121,7 +121,8 @@ def variants(node: ast.AST) -> Iterator[ast.AST | None]:
         yield ast.Constant(not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         yield ast.Constant(node.value + 1)
-        yield ast.Constant(node.value * 2 if node.value not in (0, 1) else 1 - node.value)
+        if node.value != 0:
+            yield ast.Constant(node.value * 2 if node.value != 1 else 0)
     elif isinstance(node, ast.If | ast.While | ast.IfExp):
         yield replaced(node, test=ast.UnaryOp(ast.Not(), node.test))
     elif isinstance(node, ast.Raise | ast.AugAssign | ast.Continue | ast.Break) or is_call(node):

@@ -594,6 +594,17 @@ def test_divide_by_in_other_dtypes(xp, dtype, divisor):
     exact.check_norm(float(norm), exact.norm(xp.back([x])) / divisor, "float64" if dtype == "float64" else "float32")
 
 
+def test_factors_that_are_a_shift_and_nothing_else(xp):
+    """The square of the shift: 1 in the dtype of the sums, and yet not a factor of 1."""
+    dtype, power = ("float64", 1024) if xp.has("float64") else ("float32", 128)
+    x = xp.array([2.0**-power * 2.0**30, 0.0], dtype)
+    got, _ = gradclip.clip_grad_norm([x], math.inf, divide_by=2.0**-power)
+    assert xp.numpy(got[0]).tolist() == [2.0**30, 0.0]
+    x = xp.array([2.0**30, -0.0], dtype)
+    got, _ = gradclip.clip_grad_norm([x], 2.0 ** (30 - power))
+    assert xp.numpy(got[0]).tolist() == [2.0 ** (30 - power), 0.0]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_divide_by_makes_16_bit_gradients_grow(xp, dtype):
     """To inf from where the product rounds to it, and else right to half a unit in the last place."""

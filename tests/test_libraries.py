@@ -813,6 +813,7 @@ SPECIAL = [backend for backend in BACKENDS if backend.name in ("numpy", "jax", "
         for backend in SPECIAL
     ],
 )
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(6))
 def test_backends_equal_the_generic_one(backend: Backend, seed: int) -> None:
     """Within 2 units in the last place (4 where libraries have powers of their own), 4 (8) where sums are float32."""

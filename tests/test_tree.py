@@ -264,7 +264,7 @@ def test_an_array_twice_is_scaled_once_in_place(xp):
     check(xp, y, [4 * factor, 0.0], y)
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", ["numpy", pytest.param("torch", marks=pytest.mark.full)])
 def test_ten_thousand_leaves(library):
     module = pytest.importorskip(library)
     tree = {f"layer{i}": [module.ones((2, 2), dtype=module.float32)] for i in range(10_000)}
