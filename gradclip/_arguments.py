@@ -102,8 +102,8 @@ def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
         try:
             entries = flat.spread(clip_value, "clip_value", _is_pair)
         except ValueError as error:
-            hint = "; a pair of bounds is a tuple, (lo, hi)" if type(clip_value) is list and len(clip_value) == 2 else ""
-            raise ValueError(f"{error}{hint}") from None
+            is_two = type(clip_value) is list and len(clip_value) == 2
+            raise ValueError(f"{error}; a pair of bounds is a tuple, (lo, hi)" if is_two else str(error)) from None
         for path, bound in entries:
             if _is_pair(bound):
                 _check_kind(path, *bound)

@@ -2,8 +2,8 @@
 
     tree -> leaves, groups -> partials -> (other shards) -> norms -> decision -> leaves -> tree
 
-`_given` checks what came (`_leaves`, `_groups`, `_arguments`); a backend (`_backends`) makes the partials of a norm
-(`_norms`), `_shards` joins them with those from elsewhere, `_decide` holds the policy, and a backend scales the leaves.
+`_given` checks what came (`_leaves`, `_groups`, `_arguments`), a backend makes the partials of a norm (`_norms`),
+`_shards` joins them with others, `_decide` is the policy, and the backend scales the leaves.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     Parameters
     ----------
     grads : tree of arrays
-        Any nesting of lists, tuples, dicts, named tuples and JAX pytree classes; float16, bfloat16, float32,
-        float64, complex64 or complex128 leaves of any shape. None counts as nothing.
+        Any nesting of lists, tuples, dicts, named tuples and JAX pytree classes; float16, bfloat16, float32, float64,
+        complex64 or complex128 leaves of any shape. None counts as nothing.
     norm_type : float, static
         p: any real number, `inf` (largest magnitude), `-inf` (smallest), 0 (number of non-zero elements).
     all_reduce : callable, optional
-        Where the gradients are sharded: ``all_reduce(partial, op)`` joins a small array with those of the other
-        shards, element by element, by op "sum", "max" or "min". `gradclip.distributed` makes them.
+        Where gradients are sharded: ``all_reduce(partial, op)`` joins a small array with those of the other shards,
+        element by element, by op "sum", "max" or "min". `gradclip.distributed` makes them.
 
     Returns
     -------
     0-d array
-        float32, or float64 if any leaf has 64-bit components. inf or NaN if an element is; inf also
-        where the norm of finite gradients is beyond that dtype.
+        float32, or float64 if any leaf has 64-bit components. inf or NaN if an element is; inf also where the norm of
+        finite gradients is beyond that dtype.
 
     Raises
     ------
@@ -59,10 +59,9 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
 
     Notes
     -----
-    At most 4 units in the last place off up to 1e5 elements (8, or 4/|p|, for p other than 0, 1, 2, inf, -inf),
-    without overflow or underflow on the way: sums are kept wide, or in bins for big, middle and small magnitudes
-    (Blue, ACM TOMS 4, 1978; Anderson, ACM TOMS 44, 2017). Never waits for the device. In JAX differentiable,
-    0 at g = 0.
+    At most 4 units in the last place off up to 1e5 elements (8, or 4/|p|, for p other than 0, 1, 2, inf, -inf), without
+    overflow or underflow on the way: sums are wide, or in bins for big, middle and small magnitudes (Blue, ACM TOMS 4,
+    1978; Anderson, ACM TOMS 44, 2017). Never waits for the device. In JAX differentiable, 0 at g = 0.
 
     Examples
     --------
@@ -85,9 +84,7 @@ def norms(grads: Tree, norm_type: float = 2.0, *, per: Per = "leaf", all_reduce:
     norm_type : float, static
         p, as in `global_norm`.
     per : None, "leaf", tree of labels, or function, static
-        Which elements share a norm: all, those of each leaf, or those of the leaves that share a label. Labels (any
-        hashable) come as a tree prefix of `grads`, or by a function of a leaf's key path (``"grads['encoder'][3]"``)
-        and the leaf. Label None: left alone, not counted.
+        Which elements share a norm, as in `clip_grad_norm`.
     all_reduce : callable, optional
         As in `global_norm`. The groups must be the same on all shards.
 
@@ -95,7 +92,7 @@ def norms(grads: Tree, norm_type: float = 2.0, *, per: Per = "leaf", all_reduce:
     -------
     tree of 0-d arrays, dict, or 0-d array
         ``per="leaf"``: the tree, a norm for each leaf. Labels: a dict from label to norm. None: the global norm. Each
-        norm is what `global_norm` gives of its group alone, in dtype and value.
+        is what `global_norm` gives of its group alone.
 
     Raises
     ------
@@ -106,7 +103,7 @@ def norms(grads: Tree, norm_type: float = 2.0, *, per: Per = "leaf", all_reduce:
 
     Notes
     -----
-    Exact as `global_norm` is, and as lazy: one pass over the data whatever the groups, no wait for the device.
+    As exact and as lazy as `global_norm`: one pass over the data, no wait for the device.
 
     Examples
     --------
@@ -137,17 +134,17 @@ def clip_grad_norm(
 
     .. math:: \mathrm{clip}(g) = g \text{ if } \|g\| \le c, \text{ else } (c / \|g\|)\, g
 
-    with c = `max_norm` (Pascanu, Mikolov, Bengio, ICML 2013), for all elements together, or for each group of `per`
-    by itself. The inputs are never written to.
+    with c = `max_norm` (Pascanu, Mikolov, Bengio, ICML 2013), for all elements together or each group of `per` by
+    itself. The inputs are never written to.
 
     Parameters
     ----------
     grads : tree of arrays
         As in `global_norm`.
     max_norm : float or 0-d array
-        c >= 0, in the units of the gradients; inf clips nothing. A bound that lives on a device or is traced is
-        not read by the host: there a negative one acts as 0, NaN gives NaN. With `per`, one for all groups, or for each
-        one of its own: a tree prefix (``"leaf"``), or a dict with the labels as keys.
+        c >= 0, in the units of the gradients; inf clips nothing. One on a device or traced is not read by the host:
+        there a negative one acts as 0, NaN gives NaN. With `per`: one for all groups, or a tree prefix (``"leaf"``) or
+        dict (labels) of them.
     norm_type : float, static
         p of the norm.
     per : None, "leaf", tree of labels, or function, static
@@ -155,23 +152,21 @@ def clip_grad_norm(
         hashable) come as a tree prefix of `grads`, or by a function of a leaf's key path (``"grads['encoder'][3]"``)
         and the leaf. Label None: left alone, not counted.
     nonfinite : {"propagate", "zero", "error"}, static
-        If an element is inf or NaN: every element NaN, every leaf zeros, or `NonFiniteError`. "error" lets the
-        host wait for one number; under `jax.jit` it needs `jax.experimental.checkify`.
+        If an element is inf or NaN: its group all NaN, all zeros, or `NonFiniteError`. "error" lets the host wait for
+        one number a group; under `jax.jit` it needs `jax.experimental.checkify`.
     norm : float or 0-d array, optional
-        The norm of these gradients (after `divide_by`), if it is known already, in the form in which it comes back. It
-        is trusted.
+        The norm of these gradients (after `divide_by`), if known already, as it would come back. It is trusted.
     divide_by : float or 0-d array, optional
-        Divide the gradients by this first (a loss scale, an accumulation count), at no extra pass. Positive and
-        finite; one that is not, and that the host cannot see, gives NaN everywhere.
+        Divide the gradients by this first (a loss scale, a count), at no extra pass. Positive and finite; one that is
+        not, and that the host cannot see, gives NaN everywhere.
     all_reduce : callable, optional
         As in `global_norm`.
 
     Returns
     -------
     Clipped
-        ``grads, norm = clip_grad_norm(...)``: the same tree, dtypes and devices; the norm before clipping,
-        after `divide_by`, as `norms` gives it for this `per`. Where nothing is clipped, every leaf comes back
-        bit for bit (NumPy: the very same array).
+        ``grads, norm = ...``: the same tree, dtypes and devices; the norm before clipping, after `divide_by`, in the
+        form of `norms`. Where nothing is clipped, every leaf comes back bit for bit (NumPy: the very same array).
 
     Raises
     ------
@@ -180,7 +175,7 @@ def clip_grad_norm(
     NonFiniteError
         If `nonfinite` asks for it: the leaves that are not finite, with key paths and counts.
     ValueError, TypeError
-        For a bad `max_norm`, `norm_type`, `per`, `nonfinite`, `norm`, `divide_by` or `all_reduce`, before any work.
+        For any other bad argument, before any work.
 
     Examples
     --------
@@ -210,8 +205,8 @@ def clip_grad_norm_(
 ) -> Any:
     """Clip as `clip_grad_norm` does, in place; return the norm before clipping.
 
-    The signature is that of `torch.nn.utils.clip_grad_norm_`, given gradients and not parameters. For arrays
-    that can be written to (NumPy, CuPy, torch); all other parameters are those of `clip_grad_norm`.
+    The signature of `torch.nn.utils.clip_grad_norm_`, given gradients, for arrays that can be written to (NumPy, CuPy,
+    torch). All other parameters are those of `clip_grad_norm`.
 
     Parameters
     ----------
@@ -223,7 +218,7 @@ def clip_grad_norm_(
     LeafError
         As `clip_grad_norm`, and for a leaf that cannot be written to: a JAX array, a read-only NumPy array.
     NonFiniteError, ValueError, TypeError
-        As `clip_grad_norm`; ValueError also if `error_if_nonfinite` contradicts `nonfinite`. Nothing has been written.
+        As `clip_grad_norm`, and if `error_if_nonfinite` contradicts `nonfinite`. Nothing has been written.
 
     Examples
     --------
@@ -274,11 +269,9 @@ def _given(
         x for bound in bounds for x in (bound if isinstance(bound, list) else [bound]) if not isinstance(x, float)
     ]
     if arrays or parts.flat is not flat:
-        flat = parts.flat
-        backend = backend_for(flat, arrays)
+        flat, backend = parts.flat, backend_for(parts.flat, arrays)
     leaves = backend.adopt(flat.values)
-    if bounds.norm is not None:
-        all_reduce = None  # nothing is measured
+    all_reduce = all_reduce if bounds.norm is None else None  # else nothing is measured
     # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
     fit = all(fits(dtype_name(leaves[i]), backend.accumulation(leaves)) for i in flat.samples)
     norm = norm_for(norm_type, binned=all_reduce is not None or not fit)
@@ -291,18 +284,17 @@ def _given(
 
 def _settled(given: _Given) -> Verdict:
     """Measure, join, decide; raise if the policy asks for it. Nothing is written."""
-    backend, leaves, norm, groups, shards = given.backend, given.leaves, given.norm, given.grouped.groups, given.shards
+    _, backend, leaves, norm, bounds, nonfinite, shards = given
+    groups, acc = given.grouped.groups, backend.accumulation(leaves)
     home = array_api_compat.device(leaves[0]) if leaves else None
-    bounds = Bounds(
-        *(None if x is None else backend.number(x, backend.accumulation(leaves), home) for x in given.bounds)
-    )
+    bounds = Bounds(*(None if x is None else backend.number(x, acc, home) for x in bounds))
     partials = ()
     if bounds.norm is None:
         measured, join = (groups, None) if shards is None else (shards.measured, shards.join)
         partials = backend.partials(leaves, norm, measured, join)
         if shards is not None:
             partials = shards.by_group(partials)
-    verdict = backend.decide(norm, partials, bounds, groups, given.nonfinite)
-    if given.nonfinite == "error":
+    verdict = backend.decide(norm, partials, bounds, groups, nonfinite)
+    if nonfinite == "error":
         raise_if_bad(backend, leaves, given.grouped.flat, verdict, shards)
     return verdict

@@ -1,8 +1,8 @@
 """The norms: what an element contributes, how contributions join, how joined ones end. Mathematics only.
 
-A norm takes one or two passes over the data. In a pass each element contributes to a few slots (`terms`); the slots
-of a group's elements join by the pass's operation, in any order and on any number of shards; `finish` turns the
-joined slots of a group into its norm, a `Scaled` number, so that it can lie outside the range of its dtype.
+A norm takes one or two passes. In a pass each element contributes to a few slots (`terms`); those of a group's elements
+join by the pass's operation, in any order, on any number of shards; `finish` turns them into the group's norm, a
+`Scaled` number, for it may lie outside the range of its dtype.
 
 Three conventions make every norm safe from the first subnormal to the last finite number:
 
@@ -153,8 +153,7 @@ class OneNorm(SumNorm):
         if not self.binned:
             return Scaled(mid, None)
         step, one, zero = range_of(mid).step, xp.ones_like(mid), xp.zeros_like(mid)
-        is_big = xp.logical_not(high == 0)
-        is_small = xp.logical_and(xp.logical_and(high == 0, mid == 0), low > 0)
+        is_big, is_small = xp.logical_not(high == 0), xp.logical_and(xp.logical_and(high == 0, mid == 0), low > 0)
         mantissa = xp.where(is_big, high + mid / step, xp.where(is_small, low, mid + low / step))
         return Scaled(mantissa, xp.where(is_big, one, xp.where(is_small, -one, zero)))
 
@@ -170,8 +169,8 @@ class CountNorm(Norm):
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         size = longest_of(xp, parts)
-        one, zero = xp.ones_like(size), xp.zeros_like(size)
-        return xp.where(size == 0, zero, one), xp.where(xp.isfinite(size), zero, size)
+        zero = xp.zeros_like(size)
+        return xp.where(size == 0, zero, xp.ones_like(size)), xp.where(xp.isfinite(size), zero, size)
 
     def finish(self, xp: Namespace, joined: Seen) -> Scaled:
         return Scaled(joined[0][0] + joined[0][1], None)
@@ -216,9 +215,8 @@ class ExtremeNorm(Norm):
         else:
             is_big = xp.logical_and(xp.isinf(mid), xp.isfinite(high))
             mid = xp.where(xp.isinf(mid), zero, mid)  # no element at all
-        mantissa = xp.where(is_big, high, mid)
-        mantissa = xp.where(bad > 0, xp.full_like(mid, math.inf), mantissa)
-        mantissa = xp.where(bad > 1, xp.full_like(mid, math.nan), mantissa)
+        spoiled = xp.where(bad > 1, xp.full_like(mid, math.nan), xp.full_like(mid, math.inf))
+        mantissa = xp.where(bad > 0, spoiled, xp.where(is_big, high, mid))
         return Scaled(mantissa, xp.where(is_big, one, zero) if self.binned else None)
 
     def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
@@ -284,9 +282,9 @@ class PowerNorm(Norm):
 
     def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
         size = hypot(xp, tuple(norm.over(xp, x) for x in parts))
-        ok = xp.logical_and(size > 0, norm.mantissa > 0)
-        ratio = size / xp.where(ok, norm.mantissa, xp.ones_like(size))
-        slope = xp.where(ok, xp.where(ok, ratio, xp.ones_like(ratio)) ** (self.p - 1), xp.zeros_like(ratio))
+        ok, one = xp.logical_and(size > 0, norm.mantissa > 0), xp.ones_like(size)
+        ratio = xp.where(ok, size / xp.where(ok, norm.mantissa, one), one)
+        slope = xp.where(ok, ratio ** (self.p - 1), xp.zeros_like(ratio))
         return tuple(slope * u for u in unit(xp, parts)), None
 
 

@@ -43,5 +43,5 @@ def placed(x: Any, device: Any) -> Any:
     if device is None:
         return x
     where = sorted(getattr(device, "device_set", None) or [device], key=lambda d: d.id)
-    whole = NamedSharding(Mesh(np.asarray(where), ("all",)), PartitionSpec())
-    return jax.device_put(x, where[0] if len(where) == 1 else whole)
+    mesh = device.mesh if isinstance(device, NamedSharding) else Mesh(np.asarray(where), ("all",))
+    return jax.device_put(x, where[0] if len(where) == 1 else NamedSharding(mesh, PartitionSpec()))

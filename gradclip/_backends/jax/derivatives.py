@@ -1,8 +1,8 @@
 """Derivatives: d||g|| = Re<u, dg>, u the norm's direction; for p = 2 that is g / ||g||, and 0 at g = 0.
 
 The rule stands around the whole measurement, collectives included. Two tangents are not what they seem, between the
-functions of this file only: slot 0 of the last partial carries that of the norm's mantissa (`partials` to `finish`), and
-that of a factor is the relative one, d(factor) / factor (`divided` to `scaled`): the absolute one is about
+functions of this file only: slot 0 of the last partial carries that of the norm's mantissa (`partials` to `finish`);
+and that of a factor is the relative one, d(factor) / factor (`divided` to `scaled`): the absolute one is about
 1 / ||g||**2, which is no normal float32 for norms from 1e19.
 """
 

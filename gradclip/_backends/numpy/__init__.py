@@ -241,7 +241,7 @@ def _each(row: Any, n: int) -> list[float]:
     """The numbers of n groups, from a row or from one number for all."""
     if np.ndim(row) == 0:
         return [float(row)] * n
-    return row.tolist() if len(row) == n else row.tolist() * n  # type: ignore[no-any-return]
+    return row.tolist() if len(row) == n else row.tolist() * n
 
 
 def _multiplied_wide(leaf: Array, out: Array, steps: Sequence[Array]) -> None:
