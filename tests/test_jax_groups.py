@@ -115,6 +115,7 @@ def test_many_leaves_in_another_order_than_they_are_merged(n: int) -> None:
         exact.check_norm(norm, exact.norm([x for x, i in zip(host, labels, strict=True) if i == k]), "float32")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["eager", "jit"])
 @pytest.mark.parametrize("bad", [math.nan, INF, 1e30, 1e-30, 3e38])
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF])
@@ -172,6 +173,7 @@ def test_vmap_of_leaves() -> None:
             np.testing.assert_allclose(np.asarray(a[i], np.float64), np.asarray(b, np.float64), rtol=1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF])
 def test_derivatives_are_those_of_each_group_alone(p: float, transform: Any) -> None:
@@ -195,6 +197,7 @@ def test_derivatives_are_those_of_each_group_alone(p: float, transform: Any) -> 
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.full
 def test_derivatives_numerically() -> None:
     jax.config.update("jax_enable_x64", True)
     tree = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([[0.7]]), "c": jnp.array([1.0, 2.0])}
@@ -202,6 +205,7 @@ def test_derivatives_numerically() -> None:
     check_grads(clip, (tree, {0: 0.25, 1: 100.0}), order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("p", ORDERS)
 def test_groups_of_shards(mesh: Any, p: float) -> None:
     """Sharded leaves are summed over all devices, replicated ones count once, in each group of theirs."""
