@@ -154,7 +154,9 @@ def _decide(partials: Seen, bounds: Bounds, *, norm: Norm, groups: Groups, nonfi
         wide = jnp.asarray(groups.wide)
     rows = tuple(x[:, : groups.count] for x in partials)
     if groups.count == 1:  # 0-d: that compiles faster
-        rows, bounds, wide = jax.tree.map(lambda x: x if isinstance(x, bool) else x[..., 0] if x.ndim else x, (rows, bounds, wide))
+        rows, bounds, wide = jax.tree.map(
+            lambda x: x if isinstance(x, bool) else x[..., 0] if x.ndim else x, (rows, bounds, wide)
+        )
     norms = derivatives.finish(norm, rows) if rows else None
     decision = decide(jnp, norms, bounds, wide, nonfinite)
     factors = derivatives.divided(decision.numerator, decision.denominator)
