@@ -512,6 +512,15 @@ def test_a_numpy_tree_under_jit() -> None:
     assert isinstance(out.grads["w"], jax.Array)
 
 
+def test_a_traced_bound_for_leaves_of_numpy() -> None:
+    """The host cannot read it: the leaves are JAX's then."""
+    leaf = np.float32([3, 4])
+    out = jax.jit(lambda c: gradclip.clip_grad_norm([leaf], c))(2.5)
+    np.testing.assert_allclose(out.grads[0], [1.5, 2.0], rtol=1e-6)
+    assert float(out.norm) == 5.0
+    assert leaf.tolist() == [3, 4]
+
+
 def test_a_bound_of_jax_for_leaves_of_numpy() -> None:
     grads, norm = gradclip.clip_grad_norm([np.float32([3.0, 4.0])], jnp.float32(1.0))
     np.testing.assert_allclose(np.asarray(grads[0]), [0.6, 0.8], rtol=1e-6)
