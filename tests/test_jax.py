@@ -919,6 +919,7 @@ def test_derivatives_of_complex_leaves(p: float) -> None:
     np.testing.assert_array_equal(at_zero[2], dz)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("p", [2.0, 3.0])
 def test_derivatives_numerically(x64: None, p: float) -> None:
     tree = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([[0.7]])}

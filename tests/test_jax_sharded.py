@@ -51,7 +51,7 @@ def crossings(text: str) -> Counter[str]:
     return Counter(re.findall(rf" ({names})(?:-start)?\(", text))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("p", [2.0, 1.0, float("inf"), 3.0])
 def test_only_reductions_cross_devices(mesh: Any, name: str, p: float) -> None:
@@ -74,7 +74,7 @@ def test_only_reductions_cross_devices_for_norms_of_groups(mesh: Any, name: str)
         assert found["all-reduce"] <= 2, found
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 def test_sharded_norms_are_exact(mesh: Any, dtype: str) -> None:
     rng = np.random.default_rng(0)

@@ -602,6 +602,7 @@ def test_dask_the_scheduler_would_tell(da: Any) -> None:
 
 
 @dask_only
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF, -INF, 0.0])
 def test_dask_stays_lazy(da: Any, p: float) -> None:
     host = [_values(7, 3), np.float32([3e30, -4e30]), _values(5).astype(np.float16)]
@@ -640,6 +641,7 @@ def test_dask_values_and_bounds_stay_lazy(da: Any) -> None:
 
 
 @dask_only
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, INF])
 def test_dask_extremes_without_a_warning(da: Any, p: float) -> None:
     """Warnings are errors here, also when dask computes, long after gradclip has returned."""
