@@ -8,6 +8,7 @@ and that of a factor is the relative one, d(factor) / factor (`divided` to `scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -124,14 +125,32 @@ def entry(row: Array, group: int) -> Array:
     return row[group if row.shape[0] > 1 else 0] if row.ndim else row
 
 
+def entries(row: Array, count: int) -> list[Array]:
+    """The numbers of all groups.
+
+    XLA's CPU compiler makes a kernel for each constant offset, in 10 to 20 ms. Where there are many, the offsets are
+    hidden from it behind a condition, so that all leaves share one kernel.
+    """
+    if row.ndim == 0 or row.shape[0] == 1 or count <= 32:
+        return [entry(row, group) for group in range(count)]
+    base = math.isqrt(count - 1) + 1
+
+    def offsets() -> tuple[list[Array], list[Array]]:
+        return [jnp.int32(base * k) for k in range(base)], [jnp.int32(k) for k in range(base)]
+
+    high, low = lax.cond(row[0] == row[0], offsets, offsets)
+    return [lax.dynamic_slice(row, (high[i // base] + low[i % base],), (1,)).reshape(()) for i in range(count)]
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
     """Every leaf times the factor of its group."""
     # What leaves share is made once a group: to trace it for each of 1,000 leaves took a second.
     made: dict[int, tuple[Array, Array, list[Array]]] = {}
+    each = [entries(step, groups.count) for step in factors.steps]
     for group in groups.base:
         if group not in made:
-            steps = [entry(step, group) for step in factors.steps]
+            steps = [row[group] for row in each]
             factor = steps[len(steps) // 2]
             keep = factor == 1 if len(steps) == 1 else jnp.logical_and(factor == 1, steps[0] == 1)
             live = [jnp.where(step == 0, jnp.ones_like(step), step) for step in steps]  # 0 * inf is NaN
