@@ -8,6 +8,7 @@ and that of a factor is the relative one, d(factor) / factor (`divided` to `scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -124,27 +125,53 @@ def entry(row: Array, group: int) -> Array:
     return row[group if row.shape[0] > 1 else 0] if row.ndim else row
 
 
+def entries(row: Array, count: int) -> list[Array]:
+    """The numbers of all groups.
+
+    XLA's CPU compiler makes a kernel for each constant offset, in 10 to 20 ms. Where there are many, the offsets are
+    hidden from it behind a condition, so that all leaves share one kernel.
+    """
+    if row.ndim == 0 or row.shape[0] == 1 or count <= 32:
+        return [entry(row, group) for group in range(count)]
+    base = math.isqrt(count - 1) + 1
+
+    def offsets() -> tuple[list[Array], list[Array]]:
+        return [jnp.int32(base * k) for k in range(base)], [jnp.int32(k) for k in range(base)]
+
+    high, low = lax.cond(row[0] == row[0], offsets, offsets)
+    return [lax.dynamic_slice(row, (high[i // base] + low[i % base],), (1,)).reshape(()) for i in range(count)]
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
     """Every leaf times the factor of its group."""
-    ones: dict[int, list[Array]] = {}
+    # What leaves share is made once a group: to trace it for each of 1,000 leaves took a second.
+    made: dict[int, tuple[Array, Array, list[Array]]] = {}
+    each = [entries(step, groups.count) for step in factors.steps]
     for group in groups.base:
-        if group not in ones:
-            ones[group] = [entry(step, group) for step in factors.steps]
-    return [_scaled(leaf, ones[group]) for leaf, group in zip(leaves, groups.base, strict=True)]
+        if group not in made:
+            steps = [row[group] for row in each]
+            factor = steps[len(steps) // 2]
+            keep = factor == 1 if len(steps) == 1 else jnp.logical_and(factor == 1, steps[0] == 1)
+            live = [jnp.where(step == 0, jnp.ones_like(step), step) for step in steps]  # 0 * inf is NaN
+            made[group] = keep, factor == 0, live
+    return [_scaled(leaf, *made[group]) for leaf, group in zip(leaves, groups.base, strict=True)]
 
 
-def _scaled(leaf: Array, steps: list[Array]) -> Array:
-    by_bits = leaf.dtype == jnp.bfloat16 and steps[0].dtype == jnp.float32
-    if not by_bits:
-        return _XP._scaled(leaf, steps)
-    factor = steps[len(steps) // 2]
-    keep = factor == 1 if len(steps) == 1 else jnp.logical_and(factor == 1, steps[0] == 1)
-    product = _widened(leaf)
+def _scaled(leaf: Array, keep: Array, nothing: Array, steps: list[Array]) -> Array:
+    acc = steps[0].dtype
+    by_bits = leaf.dtype == jnp.bfloat16 and acc == jnp.float32
+    if jnp.iscomplexobj(leaf):
+        acc = np.result_type(acc, np.complex64)
+    product = _widened(leaf) if by_bits else leaf.astype(acc)
     for step in steps:
-        product = product * jnp.where(step == 0, jnp.ones_like(step), step)
-    bits = lax.select(keep, _bits(leaf), _bits(product.astype(leaf.dtype)))
-    return lax.bitcast_convert_type(lax.select(factor == 0, jnp.zeros_like(bits), bits), jnp.bfloat16)
+        product = product * step.astype(acc)
+    product = product.astype(leaf.dtype)
+    if by_bits:
+        product, leaf = _bits(product), _bits(leaf)
+    product = lax.select(keep, leaf, product)
+    product = lax.select(nothing, jnp.zeros_like(product), product)
+    return lax.bitcast_convert_type(product, jnp.bfloat16) if by_bits else product
 
 
 # The norm casts a bfloat16 leaf to float32. Where such a cast has a second use, XLA's CPU compiler writes out the wide
