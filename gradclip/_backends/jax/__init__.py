@@ -29,14 +29,14 @@ class JaxBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__(jnp)
+        with jax.transfer_guard("allow"):  # array-api-compat makes an array when it first meets a class
+            array_api_compat.array_namespace(jnp.zeros(()))
 
     def adopt(self, leaves: Sequence[Array]) -> list[Array]:
         return [x if isinstance(x, jax.Array) else jnp.asarray(_native(x)) for x in leaves]
 
     def accumulation(self, leaves: Sequence[Array]) -> Any:
-        """As wide as the leaves: float64 costs where it is not needed."""
-        wide = any(COMPONENT_BITS[name] == 64 for name in dtype_names(leaves))
-        return jnp.float64 if wide else jnp.float32
+        return _accumulation(leaves)
 
     def move(self, x: Array, device: Any) -> Array:
         if device is None or is_traced(x) or devices(x) == getattr(device, "device_set", {device}):
@@ -116,6 +116,12 @@ class JaxBackend(Backend):
         return None
 
 
+def _accumulation(leaves: Sequence[Array]) -> Any:
+    """As wide as the leaves: float64 costs where it is not needed."""
+    wide = any(COMPONENT_BITS[name] == 64 for name in dtype_names(leaves))
+    return jnp.float64 if wide else jnp.float32
+
+
 def _native(x: Any) -> Any:
     """In this machine's byte order."""
     foreign = isinstance(x, np.ndarray | np.generic) and not x.dtype.isnative
@@ -137,7 +143,7 @@ def _held(x: Array) -> Array:
 
 @partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
 def _one_pass(leaves: list[Array], seen: Seen, *, norm: Norm, groups: Groups) -> Array:
-    return sums.partial(leaves, norm, groups, JaxBackend().accumulation(leaves), seen)
+    return sums.partial(leaves, norm, groups, _accumulation(leaves), seen)
 
 
 @partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
