@@ -123,7 +123,7 @@ def _open(tree: Any) -> Node | None:
             warnings.warn(
                 "gradclip was given an iterator that gives nothing, so there is nothing to clip: was it read before?",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=_way_out(),
             )
         return Node(_indices(children), children, list)
     registered = _registered(tree)
@@ -134,6 +134,14 @@ def _open(tree: Any) -> Node | None:
     if isinstance(tree, list | tuple):
         return _sequence(tree)
     return None
+
+
+def _way_out() -> int:
+    """How many frames there are from the one that calls this to the first outside of gradclip: a `stacklevel`."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class _Inner(NamedTuple):
@@ -208,7 +216,10 @@ def flatten(tree: Tree, root: str = "grads") -> Flat:
     One-shot iterators are read once and come back as lists.
     """
     values: list[Any] = []
-    return Flat(values, _visit(tree, root, values, []), root)
+    try:
+        return Flat(values, _visit(tree, root, values, []), root)
+    except RecursionError:
+        raise ValueError(f"{root} is nested too deeply for Python's recursion limit: take some levels out") from None
 
 
 # These call themselves, and are not closures: one would be in a cycle with itself, and the gradients would stay alive

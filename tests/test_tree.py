@@ -290,6 +290,18 @@ def test_two_hundred_levels(xp):
     check(xp, out, [3.0, 3.5], leaf)
 
 
+@pytest.mark.library("numpy")
+@pytest.mark.parametrize(
+    "verb", [gradclip.norms, lambda g: gradclip.clip_grad_norm(g, 1.0), lambda g: gradclip.clip_grad_value(g, 1.0)]
+)
+def test_what_is_nested_too_deeply_is_told(verb):
+    tree = np.ones(2)
+    for _ in range(2 * sys.getrecursionlimit()):
+        tree = [tree]
+    with pytest.raises(ValueError, match=r"^grads is nested too deeply for Python's recursion limit: take some"):
+        verb(tree)
+
+
 def self_list(x: Any) -> Any:
     tree = [x]
     tree.append(tree)
@@ -831,6 +843,10 @@ def test_an_iterator_that_gives_nothing_warns(make):
             assert float(verb(make())) == 0.0
     with pytest.warns(UserWarning, match="an iterator that gives nothing"):
         gradclip.clip_grad_norm({"a": make(), "b": np.ones(2)}, 1.0)
+    for nested in (make(), [{"a": make()}]):  # the warning shows the caller's line, however deep it arose
+        with pytest.warns(UserWarning, match="an iterator that gives nothing") as caught:
+            gradclip.clip_grad_norm_(nested, 1.0)
+        assert [warning.filename for warning in caught] == [__file__]
     for empty in ([], {}, {}.values(), {}.keys(), ()):  # nothing was lost here
         assert float(gradclip.global_norm(empty)) == 0.0
 
