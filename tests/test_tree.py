@@ -686,6 +686,20 @@ def jagged(torch: Any) -> Any:
     return nested(torch, layout=torch.jagged)
 
 
+def masked(torch: Any) -> Any:
+    module = pytest.importorskip("torch.masked")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, too
+        return module.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+
+
+def box() -> Any:
+    """What HIPS autograd hands to a function whose gradient it takes."""
+    boxes: list[Any] = []
+    pytest.importorskip("autograd").grad(lambda x: boxes.append(x) or x.sum())(np.ones(2))
+    return boxes[0]
+
+
 class Odd:
     """An array of a library that has a namespace and little else, as MLX's and autograd's boxes are."""
 
@@ -747,6 +761,13 @@ BAD_LEAVES = {
     ),
     "no-device": (Odd, r"of type test_tree\.Odd, which does not speak .* has no attribute 'device'", "convert"),
     "no-functions": (OddOnDevice, r"of type .*OddOnDevice, which does not speak .*astype, where", "convert"),
+    "torch-masked": (lambda: torch_leaf(masked), "a masked array", r"to_tensor\(0\)"),
+    "mlx": (
+        lambda: pytest.importorskip("mlx.core").ones(2),
+        r"of type mlx\.core\.array, which does not speak",
+        "NumPy",
+    ),
+    "autograd": (box, r"of type autograd\.numpy\.numpy_boxes\.ArrayBox, which does not speak", "NumPy"),
     "torch-parameter": (
         lambda: torch_leaf(lambda t: t.nn.Parameter(t.ones(3))),
         "a torch Parameter",
@@ -849,6 +870,24 @@ def test_an_iterator_that_gives_nothing_warns(make):
         assert [warning.filename for warning in caught] == [__file__]
     for empty in ([], {}, {}.values(), {}.keys(), ()):  # nothing was lost here
         assert float(gradclip.global_norm(empty)) == 0.0
+
+
+@pytest.mark.library("torch")
+@pytest.mark.parametrize("verb", [gradclip.clip_grad_norm_, gradclip.clip_grad_value_])
+def test_tensors_that_torch_writes_to_no_more(verb):
+    """Nothing is written to the others."""
+    torch = pytest.importorskip("torch")
+    with torch.inference_mode():
+        old = torch.full((2,), 3.0)
+        verb([old.clone()], 1.0)
+    weights = torch.full((3,), 3.0, requires_grad=True)
+    for tensor, what in ((old, "is a tensor of torch's inference mode"), (weights[:2], "is a variable .*view of one")):
+        first = torch.full((2,), 3.0)
+        with pytest.raises(gradclip.LeafError, match=rf"^grads\[1\] {what}.*cannot be clipped in place"):
+            verb([first, tensor], 1.0)
+        assert first.tolist() == [3.0, 3.0]
+    verb([weights.detach()[:2], (2 * weights)[:2]], 1.0)
+    assert weights[0] < 1.01 < weights[2]
 
 
 @pytest.mark.full
