@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sized, ValuesView
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from gradclip._errors import warn
 from gradclip._types import Clipped, Leaf, Tree
 
 
@@ -120,11 +120,7 @@ def _open(tree: Any) -> Node | None:
     if isinstance(tree, Iterator | KeysView | ValuesView):
         children = list(tree)
         if not children and isinstance(tree, Iterator):
-            warnings.warn(
-                "gradclip was given an iterator that gives nothing, so there is nothing to clip: was it read before?",
-                UserWarning,
-                stacklevel=_way_out(),
-            )
+            warn("gradclip was given an iterator that gives nothing, and clips nothing: was it read before?")
         return Node(_indices(children), children, list)
     registered = _registered(tree)
     if registered is not None:
@@ -134,14 +130,6 @@ def _open(tree: Any) -> Node | None:
     if isinstance(tree, list | tuple):
         return _sequence(tree)
     return None
-
-
-def _way_out() -> int:
-    """How many frames there are from the one that calls this to the first outside of gradclip: a `stacklevel`."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 class _Inner(NamedTuple):
