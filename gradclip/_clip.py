@@ -55,7 +55,8 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     LeafError
         For a leaf that is no dense floating-point or complex array, or arrays of libraries that cannot work together.
     TypeError, ValueError
-        For a `norm_type` that is no real number, an `all_reduce` that is not callable or joins to another shape.
+        For a `norm_type` that is no real number, an `all_reduce` that is not callable or joins to another shape, a tree
+        that contains itself or is nested too deeply. An iterator that gives nothing warns (UserWarning).
 
     Notes
     -----
@@ -96,9 +97,7 @@ def norms(grads: Tree, norm_type: float = 2.0, *, per: Per = "leaf", all_reduce:
 
     Raises
     ------
-    LeafError
-        As `global_norm`.
-    TypeError, ValueError
+    LeafError, TypeError, ValueError
         As `global_norm`, and for a `per` that does not fit the gradients.
 
     Notes

@@ -124,7 +124,7 @@ class TwoNorm(SumNorm):
         is_small = xp.logical_and(xp.logical_and(high == 0, mid < r.thin), low > 0)
         squares = xp.where(
             is_big,
-            high + xp.where(is_big, mid / r.step, zero) / r.step,  # the select: see rescale
+            high + xp.where(is_big, mid / r.step, zero) / r.step,  # XLA would join two plain steps
             xp.where(is_small, low + xp.where(is_small, mid * r.step, zero) * r.step, mid),
         )
         one = xp.ones_like(mid)
