@@ -43,7 +43,10 @@ def library(x: Any) -> str | None:
     if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
         return "torch DTensor"
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
-        return str(array_api_compat.array_namespace(x).__name__).removeprefix("array_api_compat.").split(".")[0]
+        try:
+            return str(array_api_compat.array_namespace(x).__name__).removeprefix("array_api_compat.").split(".")[0]
+        except Exception:  # `lacking` tells it
+            return type(x).__module__.split(".")[0]
     return None
 
 
@@ -146,7 +149,7 @@ def lacking(x: Any) -> str:
         tuple(x.shape), array_api_compat.device(x)
         return ", ".join(name for name in _NEEDED if not hasattr(xp, name))
     except Exception as error:
-        return str(error)
+        return str(error) or type(error).__name__
 
 
 _NEEDED = ("astype", "where", "stack", "concat", "isfinite", "logical_and", "maximum", "full_like", "finfo")

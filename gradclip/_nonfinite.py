@@ -57,7 +57,7 @@ def _described(norms: Sequence[Array]) -> str:
         return "their norms are not"
     if len(values) == 1:
         return f"their global norm is {values[0]}"
-    return f"{sum(not math.isfinite(x) for x in values)} norms are not"
+    return f"{sum(not math.isfinite(x) for x in values)} of {len(values)} norms are not"
 
 
 def _description(leaf: Array) -> str:

@@ -709,6 +709,11 @@ class Odd:
         return math
 
 
+class OddWithoutNamespace(Odd):
+    def __array_namespace__(self, api_version: Any = None) -> Any:
+        raise NotImplementedError
+
+
 class OddOnDevice(Odd):
     device = "cpu"
 
@@ -760,6 +765,11 @@ BAD_LEAVES = {
         "dense",
     ),
     "no-device": (Odd, r"of type test_tree\.Odd, which does not speak .* has no attribute 'device'", "convert"),
+    "no-namespace": (
+        OddWithoutNamespace,
+        r"of type .*Namespace, which does not speak .*\(NotImplementedError",
+        "NumPy",
+    ),
     "no-functions": (OddOnDevice, r"of type .*OddOnDevice, which does not speak .*astype, where", "convert"),
     "torch-masked": (lambda: torch_leaf(masked), "a masked array", r"to_tensor\(0\)"),
     "mlx": (
