@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The quick size, when all of it is asked for, runs on several cores by whole files, where pytest-xdist is there."""
+    """The quick size, when all of it is asked for, runs on several cores by whole files, if pytest-xdist is there."""
     here = not hasattr(config, "workerinput")  # a worker has its part of it
     whole = here and config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("--full")
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.collectonly:
