@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast, get_args
 
 from gradclip._groups import Grouped
@@ -58,6 +59,7 @@ def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True
 
 def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> Scalar | list[Scalar]:
     """One bound for all groups, or one for each, given in the form in which their norms come back."""
+    value = lasting(value, name) if isinstance(value, Iterator) else value
     if not is_container(value):
         return scalar(name, value, finite=finite)
     entries = grouped.entries(value, name)

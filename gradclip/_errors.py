@@ -1,7 +1,9 @@
-"""The exceptions that gradclip raises beside ValueError and TypeError."""
+"""The exceptions that gradclip raises beside ValueError and TypeError, and how it warns."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,3 +62,11 @@ class NonFiniteError(FloatingPointError, RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._given
+
+
+def warn(message: str) -> None:
+    """A UserWarning that shows the line which called gradclip, however deep inside it arises."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

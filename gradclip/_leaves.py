@@ -103,7 +103,10 @@ def _objection(x: Any, name: str | None) -> tuple[str, str]:
         )
     lacks = "" if name in LIBRARIES else lacking(x)
     if lacks:
-        return f"of type {kind}, which does not speak the array API well enough ({lacks})", "convert it first"
+        return (
+            f"of type {kind}, which does not speak the array API well enough ({lacks})",
+            "convert it first, to NumPy for example",
+        )
     dtype = dtype_name(x)
     if dtype not in COMPONENT_BITS:
         return (
@@ -135,8 +138,8 @@ def _unwritable(x: Array) -> str:
     """Why a leaf cannot be written to; empty if it can."""
     if not array_api_compat.is_writeable_array(x):
         return "is a read-only array"
-    if getattr(x, "requires_grad", False) and getattr(x, "is_leaf", False):
-        return "is a variable that a gradient is taken for"
+    if any(getattr(y, "requires_grad", False) and getattr(y, "is_leaf", False) for y in (x, getattr(x, "_base", None))):
+        return "is a variable that a gradient is taken for, or a view of one"
     strides = x.stride() if hasattr(x, "stride") else getattr(x, "strides", ())
     if 0 not in x.shape and any(s == 0 < n - 1 for n, s in zip(x.shape, strides or (), strict=False)):
         return "has elements that share memory (a stride of 0)"

@@ -48,7 +48,9 @@ def library(x: Any) -> str | None:
 
 
 def immutable(x: Array) -> str:
-    """Why no array of its library can be written to; empty where they can."""
+    """Why no array of its library, or of its mode, can be written to; empty where they can."""
+    if _is(x, "torch", "Tensor") and x.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
+        return "is a tensor of torch's inference mode, and that is over"
     known = LIBRARIES.get(str(library(x)))
     return known.immutable if known else ""
 
@@ -124,8 +126,8 @@ def unsuitable(x: Any) -> tuple[str, str]:
         return f"a sparse array ({kind})", "make it dense first; its stored duplicates would spoil the norm"
     if "strided" not in layout or getattr(x, "is_nested", False):
         return f"a tensor ({kind}) of layout {layout}, nested or opaque", "pass strided ones (unbind() or to_dense())"
-    if _is(x, "numpy.ma", "MaskedArray"):
-        return "a masked array", "fill it first (x.filled(0)), so that masked elements have a value"
+    if _is(x, "numpy.ma", "MaskedArray") or _is(x, "torch.masked", "MaskedTensor"):
+        return "a masked array", "fill it first (x.filled(0), x.to_tensor(0)), so that masked elements have a value"
     if _is(x, "numpy", "matrix"):
         return "a numpy.matrix", "make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
     return "", ""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sized, ValuesView
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from gradclip._errors import warn
 from gradclip._types import Clipped, Leaf, Tree
 
 
@@ -120,11 +120,7 @@ def _open(tree: Any) -> Node | None:
     if isinstance(tree, Iterator | KeysView | ValuesView):
         children = list(tree)
         if not children and isinstance(tree, Iterator):
-            warnings.warn(
-                "gradclip was given an iterator that gives nothing, so there is nothing to clip: was it read before?",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn("gradclip was given an iterator that gives nothing, and clips nothing: was it read before?")
         return Node(_indices(children), children, list)
     registered = _registered(tree)
     if registered is not None:
@@ -208,7 +204,10 @@ def flatten(tree: Tree, root: str = "grads") -> Flat:
     One-shot iterators are read once and come back as lists.
     """
     values: list[Any] = []
-    return Flat(values, _visit(tree, root, values, []), root)
+    try:
+        return Flat(values, _visit(tree, root, values, []), root)
+    except RecursionError:
+        raise ValueError(f"{root} is nested too deeply for Python's recursion limit: take some levels out") from None
 
 
 # These call themselves, and are not closures: one would be in a cycle with itself, and the gradients would stay alive

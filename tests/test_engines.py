@@ -145,6 +145,46 @@ def test_ranks_decide_alike_though_one_alone_has_float64(xp: Any, p: float) -> N
     assert xp.dtype_of(results[1].norm) == "float64"
 
 
+@pytest.mark.parametrize("p", [2.0, 3.0, INF, -INF])
+def test_width_travels_for_each_group_by_itself(xp: Any, p: float) -> None:
+    """Two groups, both above the bound by less than float32 shows; a rank has float64 in the first: that one clips."""
+    if not xp.has("float64"):
+        pytest.skip(f"{xp.name} has no float64")
+    bound, unit = (2.5, 2.0**-22) if p > 0 else (1.25, 2.0**-23)
+    norm = mpmath.mpf(bound) + 0.45 * unit
+    other = norm if math.isinf(p) else (norm**p - mpmath.mpf(1.5) ** p) ** (1 / mpmath.mpf(p))
+    narrow = np.float32([1.5, float(other)])  # its norm, rounded to float32, is the bound or just above
+    edge = float(np.float32(float(exact.norm([narrow] * RANKS, p))))
+
+    def clip(rank: int, engine: Engineered) -> Any:
+        first = [xp.array([1.5], "float32"), xp.array([float(other)], "float64"), xp.array(np.zeros(0), "float32")][
+            rank
+        ]
+        tree = {"first": first, "second": xp.array(narrow, "float32")}
+        return gradclip.clip_grad_norm(tree, {"first": bound, "second": edge}, p, per="leaf", all_reduce=engine)
+
+    results, engines = together(xp, None, clip)
+    assert xp.numpy(results[0].grads["first"])[0] == np.nextafter(np.float32(1.5), np.float32(0))
+    assert abs(float(xp.numpy(results[1].grads["first"])[0]) / float(other * bound / norm) - 1) < 1e-15
+    for out in results:
+        assert xp.numpy(out.grads["second"]).tobytes() == narrow.tobytes()
+        assert (xp.dtype_of(out.norm["second"]), float(out.norm["second"])) == ("float32", edge)
+    assert all(engine.calls == engines[0].calls for engine in engines)
+
+
+@pytest.mark.parametrize("per", [None, "leaf"])
+def test_squares_beyond_float32_in_shards(xp: Any, per: Any) -> None:
+    """Also where a shard holds nothing large, or nothing."""
+    parts = [np.float32([1e30, 1e30]), np.float32([1e-30, 1.0]), np.zeros(0, np.float32)]
+
+    def norm_of(rank: int, engine: Engineered) -> Any:
+        found = gradclip.norms([xp.array(parts[rank])], per=per, all_reduce=engine)
+        return xp.numpy(found[0] if per else found)
+
+    for norm in together(xp, None, norm_of)[0]:
+        exact.check_norm(norm, exact.norm(parts), "float32")
+
+
 def test_error_is_raised_on_all_and_names_all(xp: Any) -> None:
     def clip(rank: int, engine: Engineered) -> str:
         grads = tree(xp, rank)[0]

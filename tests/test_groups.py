@@ -324,6 +324,15 @@ def test_what_does_not_fit_is_refused(per: Any, max_norm: Any, error: type[Excep
 
 
 @pytest.mark.library("numpy")
+def test_bounds_and_norms_that_can_be_read_once() -> None:
+    grads = [np.float32([3, 4]), np.float32([12])]
+    out = gradclip.clip_grad_norm(grads, (c for c in [1.0, 6.0]), per="leaf", norm=iter([10.0, 12.0]))
+    np.testing.assert_allclose(np.concatenate(out.grads), [0.3, 0.4, 6.0], rtol=1e-6)
+    out = gradclip.clip_grad_norm(grads, 1.0, per=(name for name in "uv"), norm={"u": 5.0, "v": 24.0})
+    np.testing.assert_allclose(np.concatenate(out.grads), [0.6, 0.8, 0.5], rtol=1e-6)
+
+
+@pytest.mark.library("numpy")
 def test_norms_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"^norm has no entry for 'head', a label of per"):
         gradclip.clip_grad_norm(VALUES, 1.0, per=LABELS, norm={"body": 1.0})

@@ -290,6 +290,18 @@ def test_two_hundred_levels(xp):
     check(xp, out, [3.0, 3.5], leaf)
 
 
+@pytest.mark.library("numpy")
+@pytest.mark.parametrize(
+    "verb", [gradclip.norms, lambda g: gradclip.clip_grad_norm(g, 1.0), lambda g: gradclip.clip_grad_value(g, 1.0)]
+)
+def test_what_is_nested_too_deeply_is_told(verb):
+    tree = np.ones(2)
+    for _ in range(2 * sys.getrecursionlimit()):
+        tree = [tree]
+    with pytest.raises(ValueError, match=r"^grads is nested too deeply for Python's recursion limit: take some"):
+        verb(tree)
+
+
 def self_list(x: Any) -> Any:
     tree = [x]
     tree.append(tree)
@@ -674,6 +686,20 @@ def jagged(torch: Any) -> Any:
     return nested(torch, layout=torch.jagged)
 
 
+def masked(torch: Any) -> Any:
+    module = pytest.importorskip("torch.masked")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, too
+        return module.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+
+
+def box() -> Any:
+    """What HIPS autograd hands to a function whose gradient it takes."""
+    boxes: list[Any] = []
+    pytest.importorskip("autograd").grad(lambda x: boxes.append(x) or x.sum())(np.ones(2))
+    return boxes[0]
+
+
 class Odd:
     """An array of a library that has a namespace and little else, as MLX's and autograd's boxes are."""
 
@@ -735,6 +761,13 @@ BAD_LEAVES = {
     ),
     "no-device": (Odd, r"of type test_tree\.Odd, which does not speak .* has no attribute 'device'", "convert"),
     "no-functions": (OddOnDevice, r"of type .*OddOnDevice, which does not speak .*astype, where", "convert"),
+    "torch-masked": (lambda: torch_leaf(masked), "a masked array", r"to_tensor\(0\)"),
+    "mlx": (
+        lambda: pytest.importorskip("mlx.core").ones(2),
+        r"of type mlx\.core\.array, which does not speak",
+        "NumPy",
+    ),
+    "autograd": (box, r"of type autograd\.numpy\.numpy_boxes\.ArrayBox, which does not speak", "NumPy"),
     "torch-parameter": (
         lambda: torch_leaf(lambda t: t.nn.Parameter(t.ones(3))),
         "a torch Parameter",
@@ -831,8 +864,30 @@ def test_an_iterator_that_gives_nothing_warns(make):
             assert float(verb(make())) == 0.0
     with pytest.warns(UserWarning, match="an iterator that gives nothing"):
         gradclip.clip_grad_norm({"a": make(), "b": np.ones(2)}, 1.0)
+    for nested in (make(), [{"a": make()}]):  # the warning shows the caller's line, however deep it arose
+        with pytest.warns(UserWarning, match="an iterator that gives nothing") as caught:
+            gradclip.clip_grad_norm_(nested, 1.0)
+        assert [warning.filename for warning in caught] == [__file__]
     for empty in ([], {}, {}.values(), {}.keys(), ()):  # nothing was lost here
         assert float(gradclip.global_norm(empty)) == 0.0
+
+
+@pytest.mark.library("torch")
+@pytest.mark.parametrize("verb", [gradclip.clip_grad_norm_, gradclip.clip_grad_value_])
+def test_tensors_that_torch_writes_to_no_more(verb):
+    """Nothing is written to the others."""
+    torch = pytest.importorskip("torch")
+    with torch.inference_mode():
+        old = torch.full((2,), 3.0)
+        verb([old.clone()], 1.0)
+    weights = torch.full((3,), 3.0, requires_grad=True)
+    for tensor, what in ((old, "is a tensor of torch's inference mode"), (weights[:2], "is a variable .*view of one")):
+        first = torch.full((2,), 3.0)
+        with pytest.raises(gradclip.LeafError, match=rf"^grads\[1\] {what}.*cannot be clipped in place"):
+            verb([first, tensor], 1.0)
+        assert first.tolist() == [3.0, 3.0]
+    verb([weights.detach()[:2], (2 * weights)[:2]], 1.0)
+    assert weights[0] < 1.01 < weights[2]
 
 
 @pytest.mark.full

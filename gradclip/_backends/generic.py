@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -242,9 +242,7 @@ class Backend:
         """Counted in pieces, for the memory may be full."""
         xp, counts = self.xp, [0, 0]
         with _on(array_api_compat.device(leaf)):
-            n, rows = leaf.shape[0] if leaf.shape else 1, max(1, _CHUNK // max(1, math.prod(leaf.shape[1:])))
-            pieces = [leaf] if not leaf.shape else (leaf[i : min(i + rows, n), ...] for i in range(0, n, rows))
-            for piece in pieces:
+            for piece in _pieces(leaf):
                 nan = xp.isnan(piece)
                 inf = xp.logical_and(xp.isinf(piece), xp.logical_not(nan))
                 for k, mask in enumerate((nan, inf)):
@@ -264,6 +262,16 @@ def settled(
     norms = norm.finish(xp, partials) if partials else None
     decision = decide(xp, norms, bounds, wide, nonfinite)
     return decision, quotient(xp, decision.numerator, decision.denominator)
+
+
+def _pieces(x: Array) -> Iterator[Array]:
+    """Views of at most _CHUNK elements, whatever the shape."""
+    if math.prod(x.shape) <= _CHUNK:
+        yield x
+        return
+    n, rows = x.shape[0], _CHUNK // math.prod(x.shape[1:])
+    for i in range(0, n, max(1, rows)):
+        yield from (x[i : min(i + rows, n), ...],) if rows else _pieces(x[i, ...])
 
 
 def _on(device: Any) -> AbstractContextManager[Any]:
