@@ -52,6 +52,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The quick size, when all of it is asked for, runs on several cores by whole files, if pytest-xdist is there."""
+    here = not hasattr(config, "workerinput")  # a worker has its part of it
+    whole = here and config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("--full")
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.collectonly:
+        config.option.numprocesses, config.option.dist = min(4, os.cpu_count() or 1), "loadfile"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name in config.getoption("--backend") or ():
         if name in MISSING:

@@ -199,7 +199,7 @@ def test_contenders_do_what_they_are_called():
         if any(leaf.tobytes() != kept[key].tobytes() for key, leaf in g.tree.items()):
             writes.add(name)
         g.restore()
-    assert writes == {on_numpy.IN_PLACE, on_numpy.CLIP}
+    assert writes == {on_numpy.IN_PLACE, on_numpy.CLIP, on_numpy.EACH}
     assert float(contenders[on_numpy.NORM]()) == pytest.approx(g.norm, rel=1e-6)
     assert math.sqrt(sum(map(float, contenders[on_numpy.READ]()))) == pytest.approx(g.norm, rel=1e-6)
     plain, norm = on_numpy.plain_clip(g.tree, 1.5)
