@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 from gradclip._parts import Parts, hypot, longest_of, pick, unit
 from gradclip._scaled import RANGES, Scaled, magnitudes, moderate, range_of, rounded
@@ -38,7 +38,7 @@ class Norm:
 
     binned: bool = True
     ops: tuple[ReduceOp, ...] = ("sum",)
-    slots: tuple[int, ...] = (3,)
+    slots: ClassVar[tuple[int, ...]] = (3,)
 
     @property
     def plain(self) -> Self:
@@ -62,11 +62,10 @@ def identity(op: ReduceOp) -> float:
     return math.inf if op == "min" else 0.0
 
 
-@dataclass(frozen=True)
 class SumNorm(Norm):
     """A root of the sum of |x|^power. Slots: the sums of small (scaled up), middle and big (scaled down) elements."""
 
-    power: int = 1
+    power = 1
 
     def apart(self, parts: Parts) -> tuple[Parts, ...]:
         """The parts that make a term together, and are small or big together."""
@@ -103,11 +102,10 @@ class SumNorm(Norm):
         return xp.astype(xp.stack(bins), xp.float32)
 
 
-@dataclass(frozen=True)
 class TwoNorm(SumNorm):
     """sqrt(sum |x|^2)."""
 
-    power: int = 2
+    power = 2
 
     def apart(self, parts: Parts) -> tuple[Parts, ...]:
         return tuple((x,) for x in parts)
@@ -141,7 +139,6 @@ def _root(xp: Namespace, squares: Array) -> Array:
     return xp.where(none, squares, xp.sqrt(xp.where(none, xp.ones_like(squares), squares)))
 
 
-@dataclass(frozen=True)
 class OneNorm(SumNorm):
     """sum |x|. The small ones have a bin for XLA's sake: it may flush the rounding errors of a compensated sum."""
 
@@ -161,11 +158,10 @@ class OneNorm(SumNorm):
         return unit(xp, parts), None
 
 
-@dataclass(frozen=True)
 class CountNorm(Norm):
     """The number of elements that are not 0. Slots: that number, and inf or NaN from non-finite elements."""
 
-    slots: tuple[int, ...] = (2,)
+    slots = (2,)
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         size = longest_of(xp, parts)
@@ -232,7 +228,7 @@ class PowerNorm(Norm):
     First pass: the largest magnitude m, the smallest if p < 0. Second pass: the sum of (|x|/m)^p.
     """
 
-    slots: tuple[int, ...] = (3, 1)
+    slots = (3, 1)
     p: float = 3.0
 
     @property

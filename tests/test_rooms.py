@@ -340,11 +340,12 @@ def test_import_gradclip_imports_no_array_library():
 
 
 def test_import_gradclip_takes_under_50_ms():
+    """Of the processor's time: beside other work the clock shows several times as much."""
     code = """
 import time, array_api_compat
-start = time.perf_counter()
+start = time.process_time()
 import gradclip
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
     times = []
     for _ in range(15):

@@ -11,7 +11,7 @@ bins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,11 +26,10 @@ from gradclip._scaled import Scaled, quotient
 from gradclip._types import Namespace, Nonfinite
 
 
-@dataclass(frozen=True)
 class Census(Norm):
     """How many elements are NaN, and how many infinite: passed off as a norm, it is counted as fast as one."""
 
-    slots: tuple[int, ...] = (2,)
+    slots = (2,)
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         one, zero = xp.ones_like(parts[0]), xp.zeros_like(parts[0])
