@@ -118,7 +118,7 @@ def _objection(x: Any, name: str | None) -> tuple[str, str]:
 
 def refuse_unwritable(flat: Flat, verb: str) -> None:
     """Raise LeafError unless every leaf can be written in place. `verb`: the functional form's name."""
-    if all(f is not None and getattr(f, "writeable", False) and f.forc for f in map(_flags, flat.values)):
+    if all(getattr(f, "writeable", False) and f.forc for f in map(_flags, flat.values)):
         return
     for objection in (immutable, _unwritable):  # among NumPy leaves beside JAX leaves, one of JAX's is named
         for i, x in enumerate(flat.values):
