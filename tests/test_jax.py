@@ -453,7 +453,8 @@ def test_eager_calls_copy_nothing_from_the_host_unasked(per: Any) -> None:
             gradclip.clip_grad_norm(g, 1.0, norm=c, per=per)
             gradclip.clip_grad_value(g, c)
         gradclip.clip_grad_value(g, (-1.0, bound))
-        gradclip.clip_grad_norm(g, {"w": 1.0, "b": 2.0} if per == "leaf" else 1.0, 3.0, per=per)
+        out = gradclip.clip_grad_norm(g, {"w": 1.0, "b": 2.0} if per == "leaf" else 1.0, 3.0, per=per)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(tuple(out)))
 
 
 # -- in place, other leaves --------------------------------------------------------------------------------
