@@ -166,8 +166,8 @@ def _decide(partials: Seen, bounds: Bounds, *, norm: Norm, groups: Groups, nonfi
     decision = decide(jnp, norms, bounds, wide, nonfinite)
     factors = derivatives.divided(decision.numerator, decision.denominator)
     dtypes = [decision.norm.dtype if x else jnp.float32 for x in groups.wide]  # NumPy's float64 may not be ours
-    numbers = derivatives.entries(decision.norm, groups.count)
-    each = [x.astype(dtype) for x, dtype in zip(numbers, dtypes, strict=True)]
+    row = jnp.broadcast_to(decision.norm, (groups.count,))
+    each = [x.reshape(()).astype(dtype) for x, dtype in zip(derivatives.split(row), dtypes, strict=True)]
     return Verdict(each, factors, decision.finite, decision.joined_finite)
 
 

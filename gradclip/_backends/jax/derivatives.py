@@ -8,7 +8,6 @@ and that of a factor is the relative one, d(factor) / factor (`divided` to `scal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,12 +19,16 @@ from jax import lax
 
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax import sums
+from gradclip._backends.jax.arrays import may_be_sharded
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
 from gradclip._scaled import Factors, Scaled, quotient
 from gradclip._types import Array
 
 _XP = Backend(jnp)
+
+#: So many numbers of a row are cut out of it one by one.
+FEW = 32
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -125,40 +128,68 @@ def entry(row: Array, group: int) -> Array:
     return row[group if row.shape[0] > 1 else 0] if row.ndim else row
 
 
-def entries(row: Array, count: int) -> list[Array]:
-    """The numbers of all groups.
+def split(x: Array) -> list[Array]:
+    """The entries along the first axis, of which each keeps a length of 1.
 
-    XLA's CPU compiler makes a kernel for each constant offset, in 10 to 20 ms. Where there are many, the offsets are
-    hidden from it behind a condition, so that all leaves share one kernel.
+    XLA's CPU compiler makes a kernel for each constant offset, in 10 to 20 ms. So there a long axis is cut into blocks
+    of 100, and these into blocks of 10, with conditions between that it joins no cuts across: blocks share kernels.
     """
-    if row.ndim == 0 or row.shape[0] == 1 or count <= 32:
-        return [entry(row, group) for group in range(count)]
-    base = math.isqrt(count - 1) + 1
 
-    def offsets() -> tuple[list[Array], list[Array]]:
-        return [jnp.int32(base * k) for k in range(base)], [jnp.int32(k) for k in range(base)]
+    def blocks(some: list[Array], size: int) -> list[Array]:
+        return [y for x in some for y in lax.split(x, [min(size, len(x) - i) for i in range(0, len(x), size)])]
 
-    high, low = lax.cond(row[0] == row[0], offsets, offsets)
-    return [lax.dynamic_slice(row, (high[i // base] + low[i % base],), (1,)).reshape(()) for i in range(count)]
+    def in_blocks(x: Array) -> list[Array]:
+        first, some = x[(0,) * x.ndim], [x]
+        for size in (1000, 100, 10):
+            if size < len(x):
+                cut = partial(blocks, size=size)
+                some = lax.cond(first == first, cut, cut, some)
+        return blocks(some, 1)
+
+    def at_once(x: Array) -> list[Array]:
+        return blocks([x], 1)
+
+    return at_once(x) if len(x) <= FEW else lax.platform_dependent(x, cpu=in_blocks, default=at_once)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
     """Every leaf times the factor of its group."""
-    # What leaves share is made once a group: to trace it for each of 1,000 leaves took a second.
-    made: dict[int, tuple[Array, Array, list[Array]]] = {}
-    each = [entries(step, groups.count) for step in factors.steps]
-    for group in groups.base:
-        if group not in made:
-            steps = [row[group] for row in each]
-            factor = steps[len(steps) // 2]
-            keep = factor == 1 if len(steps) == 1 else jnp.logical_and(factor == 1, steps[0] == 1)
-            live = [jnp.where(step == 0, jnp.ones_like(step), step) for step in steps]  # 0 * inf is NaN
-            made[group] = keep, factor == 0, live
-    return [_scaled(leaf, *made[group]) for leaf, group in zip(leaves, groups.base, strict=True)]
+    factor, steps = factors.factor, factors.steps
+    keep = factor == 1 if len(steps) == 1 else jnp.logical_and(factor == 1, steps[0] == 1)
+    live = [jnp.where(step == 0, jnp.ones_like(step), step) for step in steps]  # 0 * inf is NaN
+
+    def one_by_one(leaves: list[Array], *rows: Array) -> list[Array]:
+        by = list(zip(*(lax.split(row, [1] * row.size) for row in map(jnp.ravel, rows)), strict=True))
+        base = groups.base if len(by) > 1 else [0] * len(leaves)
+        return [_scaled(leaf, *by[group]) for leaf, group in zip(leaves, base, strict=True)]
+
+    def in_stacks(leaves: list[Array], *rows: Array) -> list[Array]:
+        out = list(leaves)
+        for some in sums.stacks(leaves):
+            x = jnp.stack([leaves[i].reshape(-1) for i in some])
+            index = [groups.base[i] for i in some]
+            by = rows if index == list(range(groups.count)) else [row[np.array(index)] for row in rows]
+            new = split(_scaled(x, *(row[:, None] for row in by)))
+            for i, leaf in zip(some, new, strict=True):
+                out[i] = leaf.reshape(leaves[i].shape)
+        return out
+
+    rows = keep, factor == 0, *live
+    if factor.size <= FEW or any(map(may_be_sharded, leaves)):
+        return one_by_one(leaves, *rows)
+    return lax.platform_dependent(leaves, *rows, cpu=in_stacks, default=one_by_one)
 
 
-def _scaled(leaf: Array, keep: Array, nothing: Array, steps: list[Array]) -> Array:
+# The norm casts a bfloat16 leaf to float32. Where such a cast has a second use, XLA's CPU compiler writes out the wide
+# array, and a select has casts in it, too. By bits, the clip of 24 million elements takes 7 ms, and took 65.
+
+
+@jax.jit
+def _scaled(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
+    """Under a `jit` of its own it is traced once for all leaves of one type."""
+    if keep.size == 1:
+        keep, nothing, steps = jax.tree.map(lambda x: x.reshape(()), (keep, nothing, steps))
     acc = steps[0].dtype
     by_bits = leaf.dtype == jnp.bfloat16 and acc == jnp.float32
     if jnp.iscomplexobj(leaf):
@@ -169,13 +200,9 @@ def _scaled(leaf: Array, keep: Array, nothing: Array, steps: list[Array]) -> Arr
     product = product.astype(leaf.dtype)
     if by_bits:
         product, leaf = _bits(product), _bits(leaf)
-    product = lax.select(keep, leaf, product)
-    product = lax.select(nothing, jnp.zeros_like(product), product)
+    product = jnp.where(keep, leaf, product)
+    product = jnp.where(nothing, jnp.zeros_like(product), product)
     return lax.bitcast_convert_type(product, jnp.bfloat16) if by_bits else product
-
-
-# The norm casts a bfloat16 leaf to float32. Where such a cast has a second use, XLA's CPU compiler writes out the wide
-# array, and a select has casts in it, too. By bits, the clip of 24 million elements takes 7 ms, and took 65.
 
 
 def _bits(x: Array) -> Array:

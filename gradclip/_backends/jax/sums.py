@@ -29,6 +29,9 @@ from gradclip._types import Array, ReduceOp
 #: rounding for 1000 equal elements; with a compensated sum it is 0.8. Longer arrays it adds in a tree.
 SHORT = 8192
 
+#: So many arrays are stacked at most: what XLA takes to stack them grows with the square of their number.
+_STACK = 100
+
 #: So many leaves on a mesh are reduced one by one: XLA combines that many small all-reduces into one.
 _ALONE = 256
 
@@ -92,24 +95,33 @@ def _rows(leaves: Sequence[Array], groups: Groups, on_mesh: bool) -> list[_Rows]
     On a mesh, leaves that are spread in different ways would be gathered so: there they stay apart, unless they are too
     many. Leaves are kept apart that JAX's types keep apart (varying axes, explicit shardings).
     """
-    rows: list[_Rows] = []
-    strings: dict[Any, list[Array]] = defaultdict(list)
-    stacks: dict[Any, list[tuple[Array, int]]] = defaultdict(list)
     alone = on_mesh and len(leaves) <= _ALONE
-    for leaf, group in zip(leaves, groups.base, strict=True):
-        if 0 in leaf.shape:
-            continue
-        short = all(isinstance(n, int) for n in leaf.shape) and leaf.size <= SHORT  # in `jax.export`, n may be a symbol
-        if alone or not short:
-            rows.append(_Rows(leaf[None], (group,), not short))
-        elif on_mesh:
-            stacks[leaf.shape, leaf.dtype, varying(leaf), jax.typeof(leaf).sharding].append((leaf, group))
-        else:
-            strings[group, leaf.dtype, varying(leaf)].append(leaf.reshape(-1))
-    for (group, *sort), string in strings.items():
-        row = string[0] if len(string) == 1 else jnp.concatenate(string)
-        stacks[row.shape, *sort].append((row, group))
-    return rows + [_Rows(jnp.stack([x for x, _ in s]), tuple(g for _, g in s), False) for s in stacks.values()]
+    strings: dict[Any, list[Array]] = defaultdict(list)
+    for i, (leaf, group) in enumerate(zip(leaves, groups.base, strict=True)):
+        if 0 not in leaf.shape:
+            together = is_short(leaf) and not on_mesh
+            key = (group, leaf.dtype, varying(leaf)) if together else (group, i)
+            strings[key].append(leaf.reshape(-1) if together else leaf)
+    pieces = [string[0] if len(string) == 1 else jnp.concatenate(string) for string in strings.values()]
+    owners = [group for group, *_ in strings]
+    rows = []
+    for some in [[i] for i in range(len(pieces))] if alone else stacks(pieces):
+        array = pieces[some[0]][None] if len(some) == 1 else jnp.stack([pieces[i] for i in some])
+        rows.append(_Rows(array, tuple(owners[i] for i in some), not is_short(pieces[some[0]])))
+    return rows
+
+
+def is_short(x: Array) -> bool:
+    return all(isinstance(n, int) for n in x.shape) and x.size <= SHORT  # in `jax.export`, n may be a symbol
+
+
+def stacks(arrays: Sequence[Array]) -> list[list[int]]:
+    """Short arrays of one type together, by their numbers; any other alone."""
+    found: dict[Any, list[int]] = defaultdict(list)
+    for i, x in enumerate(arrays):
+        key = (x.shape, x.dtype, varying(x), jax.typeof(x).sharding) if is_short(x) else i
+        found[key].append(i)
+    return [some[i : i + _STACK] for some in found.values() for i in range(0, len(some), _STACK)]
 
 
 def _entries(seen: Array, groups: tuple[int, ...], ndim: int) -> Array:
