@@ -291,8 +291,6 @@ def _settled(given: _Given) -> Verdict:
     if bounds.norm is None:
         measured, join = (groups, None) if shards is None else (shards.measured, shards.join)
         partials = backend.partials(leaves, norm, measured, join)
-        if shards is not None:
-            partials = shards.by_group(partials)
     verdict = backend.decide(norm, partials, bounds, groups, nonfinite)
     if nonfinite == "error":
         raise_if_bad(backend, leaves, given.grouped.flat, verdict, shards)

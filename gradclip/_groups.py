@@ -24,7 +24,7 @@ class Groups:
     wide: tuple[bool, ...]
 
     def split(self, kinds: Sequence[int]) -> Groups:
-        """Groups by kind of leaf: those of kind k are `k * count` and on."""
+        """Groups by kind of leaf: those of kind k are `k * count` and on, so that `i % count` are alike."""
         if not any(kinds):
             return self
         base = tuple(kind * self.count + group for kind, group in zip(kinds, self.base, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import array_api_compat
 
 from gradclip._groups import Groups
-from gradclip._norms import Seen, identity
+from gradclip._norms import identity
 from gradclip._tree import Flat
 from gradclip._types import AllReduce, Array, Call, Engine, Leaf, ReduceOp
 
@@ -34,7 +34,7 @@ class Shards:
         self.measured = groups.split([number[kind] for kind in found])
 
     def join(self, partial: Array, op: ReduceOp) -> Array:
-        """A partial of `measured`, joined: one column a group, or as it came where a pass follows.
+        """A partial of `measured`, joined: one column a group.
 
         After the last pass it has one more row: not 0 where a norm is float64 on any shard. That travels with the data,
         unless all shards run one program.
@@ -46,9 +46,7 @@ class Shards:
         if len(counted) > 1:
             table = xp.stack(counted)
             mine = (xp.sum if op == "sum" else xp.max if op == "max" else xp.min)(table, axis=0)
-        if op != self._last:
-            return xp.concat([self._reduced(mine, op)] * len(columns), axis=1)
-        if getattr(self._all_reduce, "same_program", False):
+        if op != self._last or getattr(self._all_reduce, "same_program", False):
             return self._reduced(mine, op)
         sign = -1.0 if op == "min" else 1.0
         flags = [sign * wide for wide in self._groups.wide]
@@ -73,13 +71,6 @@ class Shards:
         if getattr(joined, "shape", None) != partial.shape:
             raise _not_joined(joined, tuple(partial.shape))
         return joined
-
-    def by_group(self, partials: Seen) -> Seen:
-        """Joined partials with one column a group: where a pass follows they have one for each kind of leaf, alike."""
-        n = self._groups.count
-        return tuple(
-            x if x.shape[1] == n else array_api_compat.array_namespace(x).asarray(x[:, :n], copy=True) for x in partials
-        )
 
     def gather(self, text: str) -> list[str]:
         """The texts of all shards, by rank."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import array_api_compat
 
-from gradclip._decide import Bounds, Decision, Verdict, decide
+from gradclip._decide import Bounds, Verdict, decide
 from gradclip._dtypes import dtype_name
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen, identity
@@ -31,7 +31,7 @@ class Backend:
     """The work on arrays of the library whose array-API namespace is `xp`. Its public methods are all that is asked."""
 
     def __init__(self, xp: Namespace) -> None:
-        self.xp = xp
+        self.xp = self._xp_of_numbers = xp
 
     # -- arrays and numbers --------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Backend:
             if 0 not in leaf.shape:
                 device = array_api_compat.device(leaf)
                 with _on(device):
-                    known = tuple(self.move(x[:, group], device) for x in seen)
+                    known = tuple(self.move(x[:, group % x.shape[1]], device) for x in seen)
                     columns[group].append(self.move(self._contribution(leaf, norm, acc, known), home))
         with _on(home):
             nothing = xp.stack([self._full(identity(op), acc, home)] * norm.slots[len(seen)])
@@ -157,17 +157,31 @@ class Backend:
 
     def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
         """Run the policy on joined partials, and divide. No partials: `bounds` tell the norms."""
+        # The numbers of one group are 0-d.
+        rows = tuple([x[k, 0] if groups.count == 1 else x[k, :] for k in range(x.shape[0])] for x in partials)
         wide: Any = all(groups.wide)
-        if partials and partials[-1].shape[0] > norm.slots[-1]:  # other shards have said it
-            wide = partials[-1][norm.slots[-1], ...] != 0
+        if rows and len(rows[-1]) > norm.slots[-1]:  # other shards have said it
+            wide = rows[-1][norm.slots[-1]] != 0
         elif any(groups.wide) and not wide:
             like = partials[-1] if partials else bounds.norm.mantissa
             wide = self.xp.asarray(groups.wide, device=array_api_compat.device(like))
-        rows = tuple([x[k, ...] for k in range(x.shape[0])] for x in partials)
-        decision, factors = settled(self.xp, norm, rows, bounds, wide, nonfinite)
-        dtypes = [self.xp.float64 if wide else self.xp.float32 for wide in groups.wide]
-        norms = [self.xp.astype(_entry(decision.norm, i), dtype) for i, dtype in enumerate(dtypes)]
-        return Verdict(norms, factors, decision.finite, decision.joined_finite)
+        xp = self._xp_of_numbers if groups.count == 1 else self.xp
+        norms = self._finish(xp, norm, rows) if rows else None
+        decision = decide(xp, norms, bounds, wide, nonfinite)
+        factors = self._quotient(xp, decision.numerator, decision.denominator)
+        return Verdict(self._reported(decision.norm, wide, groups), factors, decision.finite, decision.joined_finite)
+
+    def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
+        return norm.finish(xp, rows)
+
+    def _quotient(self, xp: Namespace, numerator: Scaled, denominator: Scaled) -> Factors:
+        return quotient(xp, numerator, denominator)
+
+    def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
+        """A row of norms as one 0-d array a group, each in its own dtype, as far as that is known without a wait."""
+        xp = self.xp
+        dtypes = [xp.float64 if wide else xp.float32 for wide in groups.wide]
+        return [xp.astype(entry(norm, i), dtype) for i, dtype in enumerate(dtypes)]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
@@ -183,7 +197,7 @@ class Backend:
             with _on(device):
                 place = str(device), group  # CuPy's devices have no hash
                 if place not in steps:
-                    steps[place] = [self.move(_entry(step, group), device) for step in factors.steps]
+                    steps[place] = [self.move(entry(step, group), device) for step in factors.steps]
                 scaled.append(self._scaled(leaf, steps[place]))
         if in_place:
             for leaf, new in {id(x): (x, new) for x, new in zip(leaves, scaled, strict=True)}.values():
@@ -255,15 +269,6 @@ class Backend:
         return nullcontext() if numpy is None else numpy.errstate(all="ignore")
 
 
-def settled(
-    xp: Namespace, norm: Norm, partials: Seen, bounds: Bounds, wide: Any, nonfinite: Nonfinite
-) -> tuple[Decision, Factors]:
-    """The policy on joined partials, in any namespace."""
-    norms = norm.finish(xp, partials) if partials else None
-    decision = decide(xp, norms, bounds, wide, nonfinite)
-    return decision, quotient(xp, decision.numerator, decision.denominator)
-
-
 def _pieces(x: Array) -> Iterator[Array]:
     """Views of at most _CHUNK elements, whatever the shape."""
     if math.prod(x.shape) <= _CHUNK:
@@ -279,6 +284,6 @@ def _on(device: Any) -> AbstractContextManager[Any]:
     return device if hasattr(device, "use") else nullcontext()
 
 
-def _entry(row: Array, group: int) -> Array:
+def entry(row: Array, group: int) -> Array:
     """The number of one group, from a row or from one number for all."""
     return row[group if row.shape[0] > 1 else 0] if row.ndim else row

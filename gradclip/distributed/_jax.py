@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gradclip._backends.jax.arrays import varying
 from gradclip._types import Array, Call, Engine, Leaf, ReduceOp, Tree
 
 _COLLECTIVES = {"sum": lax.psum, "max": lax.pmax, "min": lax.pmin}
@@ -29,9 +30,9 @@ class Psum(Engine):
             return frozenset(self.axes) - self._named(told, leaf.path)
         if not isinstance(leaf.value, jax.Array):  # NumPy's, in a program that all devices run: a constant
             return frozenset(self.axes)
-        varying = _varying(leaf.value)
+        over = varying(leaf.value)
         for axis in self.axes:
-            if axis not in varying and axis not in _varying(self._index(axis)):
+            if axis not in over and axis not in varying(self._index(axis)):
                 raise ValueError(
                     f"psum({axis!r}) cannot know whether {leaf.path} varies over {axis!r}: JAX does not track that in "
                     "vmap, pmap and shard_map(check_vma=False), and a leaf that is the same on all devices must count "
@@ -39,7 +40,7 @@ class Psum(Engine):
                     "them do, or a tree of axis names and PartitionSpecs, PartitionSpec() where a leaf varies over "
                     "none; the in_specs of the gradients will do. In shard_map, check_vma=True makes JAX track it."
                 )
-        return frozenset(self.axes) - varying
+        return frozenset(self.axes) - over
 
     def counts(self, kind: Hashable, like: Array) -> Any:
         if not kind or not isinstance(like, jax.Array):
@@ -51,9 +52,9 @@ class Psum(Engine):
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         if not isinstance(partial, jax.Array):  # constants, which count once, are all that there is
             return partial
-        varying = _varying(partial)
+        over = varying(partial)
         # Told to vary where JAX tracks that it does not: JAX takes all of the axes or none.
-        missing = tuple(axis for axis in self.axes if axis in _varying(self._index(axis)) and axis not in varying)
+        missing = tuple(axis for axis in self.axes if axis in varying(self._index(axis)) and axis not in over)
         return _COLLECTIVES[op](_cast(partial, missing) if missing else partial, self.axes)
 
     def _index(self, axis: str) -> Array:
@@ -84,10 +85,3 @@ class Psum(Engine):
 def _cast(x: Array, axes: tuple[str, ...]) -> Array:
     """The same value, typed as varying over these axes, too. JAX 0.8 calls it `pvary`."""
     return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)
-
-
-def _varying(x: Array) -> frozenset[str]:
-    """The manual axes over which a value varies, as far as JAX tracks them. JAX 0.8 keeps them in `vma`."""
-    kind = jax.typeof(x)
-    manual = getattr(kind, "manual_axis_type", None)
-    return frozenset(getattr(manual, "varying", None) or getattr(kind, "vma", None) or ())

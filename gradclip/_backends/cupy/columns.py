@@ -51,7 +51,7 @@ def measured(leaves: Sequence[Array], norm: Norm, base: Sequence[int], count: in
     at = 0
     for launch, width in zip(launches, widths, strict=True):
         place = values, np.uint32(values.shape[1]), np.uint32(at), NULL if keys is None else keys
-        kernel((blocks(launch),), (THREADS,), (launch, *place, known, np.uint32(count)))
+        kernel((blocks(launch),), (THREADS,), (launch, *place, known, np.uint32(seen[0].shape[1] if seen else 1)))
         at += width
     return Columns(values, keys, len(kinds) if base else 1)
 

@@ -16,12 +16,12 @@ from jax.experimental import checkify
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax import derivatives, sums
 from gradclip._backends.jax.arrays import devices, is_traced, placed
-from gradclip._decide import Bounds, Verdict, decide
+from gradclip._decide import Bounds, Verdict
 from gradclip._dtypes import COMPONENT_BITS, dtype_names
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
 from gradclip._scaled import Factors, Scaled
-from gradclip._types import Array, Nonfinite, ReduceOp
+from gradclip._types import Array, Namespace, Nonfinite, ReduceOp
 
 
 class JaxBackend(Backend):
@@ -61,12 +61,10 @@ class JaxBackend(Backend):
     def partials(
         self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array] | None
     ) -> Seen:
-        leaves = list(leaves)
         if _apart(leaves):
-            return derivatives.partials(self._spread, norm, groups, join, leaves)
-        if join is not None:  # a caller's `all_reduce` may be any code
-            return derivatives.partials(_one_pass, norm, groups, join, leaves)
-        return _partials(leaves, norm=norm, groups=groups)
+            return derivatives.partials(self._spread, norm, groups, join, list(leaves))
+        run = _partials if join is None else derivatives.partials  # a caller's `all_reduce` may be any code
+        return run(_one_pass, norm, groups, join, list(leaves))
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
         return _one_pass(list(leaves), seen, norm=norm, groups=groups)
@@ -82,14 +80,25 @@ class JaxBackend(Backend):
     # -- the policy ----------------------------------------------------------------------------------------
 
     def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
-        return _decide(partials, bounds, norm=norm, groups=groups, nonfinite=nonfinite)
+        return _decide(self, norm, partials, bounds, groups, nonfinite)
+
+    def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
+        return derivatives.finish(norm, rows)
+
+    def _quotient(self, xp: Namespace, numerator: Scaled, denominator: Scaled) -> Factors:
+        return derivatives.divided(numerator, denominator)
+
+    def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
+        dtypes = [norm.dtype if wide else jnp.float32 for wide in groups.wide]  # float64 may not be enabled
+        each = derivatives.split(jnp.broadcast_to(norm, groups.count))
+        return [x.reshape(()).astype(dtype) for x, dtype in zip(each, dtypes, strict=True)]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
         if _apart([*leaves, factors.factor]):
             return super().scale(leaves, factors, groups, in_place)
-        return _scale(list(leaves), factors, groups=groups)
+        return _scale(groups, list(leaves), factors)
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
         device = array_api_compat.device(leaf)
@@ -146,36 +155,7 @@ def _one_pass(leaves: list[Array], seen: Seen, *, norm: Norm, groups: Groups) ->
     return sums.partial(leaves, norm, groups, _accumulation(leaves), seen)
 
 
-@partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
-def _partials(leaves: list[Array], *, norm: Norm, groups: Groups) -> Seen:
-    return derivatives.partials(_one_pass, norm, groups, None, leaves)
-
-
-@partial(jax.jit, static_argnames=("norm", "groups", "nonfinite"), inline=True)
-def _decide(partials: Seen, bounds: Bounds, *, norm: Norm, groups: Groups, nonfinite: Nonfinite) -> Verdict:
-    wide: Any = all(groups.wide)
-    if partials and partials[-1].shape[0] > norm.slots[-1]:  # other shards have said it
-        wide = partials[-1][norm.slots[-1]] != 0
-    elif any(groups.wide) and not wide:
-        wide = jnp.asarray(groups.wide)
-    rows = tuple(x[:, : groups.count] for x in partials)
-    if groups.count == 1:  # 0-d: that compiles faster
-        rows, bounds = jax.tree.map(lambda x: x[..., 0] if x.ndim else x, (rows, bounds))
-        wide = wide if isinstance(wide, bool) else wide[0]
-    norms = derivatives.finish(norm, rows) if rows else None
-    decision = decide(jnp, norms, bounds, wide, nonfinite)
-    factors = derivatives.divided(decision.numerator, decision.denominator)
-    dtypes = [decision.norm.dtype if x else jnp.float32 for x in groups.wide]  # NumPy's float64 may not be ours
-    row = jnp.broadcast_to(decision.norm, (groups.count,))
-    each = [x.reshape(()).astype(dtype) for x, dtype in zip(derivatives.split(row), dtypes, strict=True)]
-    return Verdict(each, factors, decision.finite, decision.joined_finite)
-
-
-@partial(jax.jit, inline=True)
-def _clamp(leaf: Array, low: Array | None, high: Array) -> Array:
-    return Backend(jnp).clamp(leaf, low, high)
-
-
-@partial(jax.jit, static_argnames=("groups",), inline=True)
-def _scale(leaves: list[Array], factors: Factors, *, groups: Groups) -> list[Array]:
-    return derivatives.scaled(groups, leaves, factors)
+_partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
+_decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5), inline=True)
+_scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
+_clamp = jax.jit(Backend(jnp).clamp, inline=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gradclip._backends.generic import Backend
+from gradclip._backends.generic import Backend, entry
 from gradclip._backends.jax import sums
 from gradclip._backends.jax.arrays import may_be_sharded
 from gradclip._groups import Groups
@@ -51,8 +51,8 @@ def _partials_jvp(one_pass: Any, norm: Norm, groups: Groups, join: Any, primals:
     for leaf, tangent, group in zip(*primals, *tangents, groups.base, strict=True):
         if 0 in leaf.shape:
             continue
-        entry = jax.tree.map(lambda x, i=group % count: x[i], ends)
-        u, weight = norm.direction(jnp, sums.parts(leaf, acc), entry)
+        end = jax.tree.map(lambda x, i=group % count: x[i], ends)
+        u, weight = norm.direction(jnp, sums.parts(leaf, acc), end)
         # Linear in the tangent: this can be transposed.
         slopes[group] += [jnp.sum(a * dg) for a, dg in zip(u, sums.parts(tangent, acc), strict=True)]
         ties[group] += [] if weight is None else [jnp.sum(weight)]
@@ -121,11 +121,6 @@ def _absolute(factor: Array) -> Array:
 def _absolute_jvp(primals: Any, tangents: Any) -> Any:
     factor = _absolute(*primals)
     return factor, factor * tangents[0]
-
-
-def entry(row: Array, group: int) -> Array:
-    """The number of one group, from a row or from one number for all."""
-    return row[group if row.shape[0] > 1 else 0] if row.ndim else row
 
 
 def split(x: Array) -> list[Array]:

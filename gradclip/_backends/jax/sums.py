@@ -126,7 +126,8 @@ def stacks(arrays: Sequence[Array]) -> list[list[int]]:
 
 def _entries(seen: Array, groups: tuple[int, ...], ndim: int) -> Array:
     """The slots of these groups, to broadcast against rows."""
-    found = seen[:, groups[0] : groups[0] + 1] if len(groups) == 1 else seen[:, np.asarray(groups)]
+    index = [group % seen.shape[1] for group in groups]
+    found = seen[:, index[0] : index[0] + 1] if len(index) == 1 else seen[:, np.asarray(index)]
     return found.reshape(*found.shape, *(1,) * (ndim - 1))
 
 

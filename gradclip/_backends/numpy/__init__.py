@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import array_api_compat.numpy as xp
 import numpy as np
 
-from gradclip._backends.generic import Backend, settled
+from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import scalars
 from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, padded, pairs, squares, squares_of_each
-from gradclip._decide import Bounds, Verdict
 from gradclip._dtypes import dtype_name, dtype_names
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen, TwoNorm
 from gradclip._scaled import Factors, Scaled
 from gradclip._threads import each, num_threads
-from gradclip._types import Array, Nonfinite
+from gradclip._types import Array
 
 #: Leaves up to here are strung together, so that a norm costs one pass of 0.1 us an element and not 2 us a leaf.
 _SMALL = 1 << 13
@@ -45,6 +44,7 @@ class NumpyBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__(xp)
+        self._xp_of_numbers = scalars
 
     def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
         if set(map(type, leaves)) == {np.ndarray}:
@@ -114,19 +114,11 @@ class NumpyBackend(Backend):
 
     # -- the policy ----------------------------------------------------------------------------------------
 
-    def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
-        wide = list(groups.wide)
-        if partials and len(partials[-1]) > norm.slots[-1]:  # other shards have said it
-            wide = (partials[-1][norm.slots[-1]] != 0).tolist()
+    def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
         if groups.count == 1:
-            single = tuple(x[:, 0] for x in partials)
-            decision, factors = settled(scalars, norm, single, bounds, wide[0], nonfinite)
-            return Verdict([np.asarray(decision.norm)], factors, decision.finite, decision.joined_finite)
-        some: Any = np.asarray(wide) if any(wide) and not all(wide) else all(wide)
-        decision, factors = settled(xp, norm, partials, bounds, some, nonfinite)
-        row = np.broadcast_to(decision.norm, (groups.count,))
-        norms = [np.asarray(x, np.float64 if w else np.float32) for x, w in zip(row, wide, strict=True)]
-        return Verdict(norms, factors, decision.finite, decision.joined_finite)
+            return [np.asarray(norm, np.float64 if wide else np.float32)]
+        each = zip(np.broadcast_to(norm, groups.count), np.broadcast_to(wide, groups.count), strict=True)
+        return [np.asarray(x, np.float64 if wide else np.float32) for x, wide in each]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
