@@ -1,7 +1,7 @@
 """The CUDA C that is written from the norms and the policy: its formulas, and that NVIDIA's compiler takes it all.
 
 The compiler is NVRTC, from PyPI (`pip install 'gradclip[nvrtc]'`); it needs no GPU. That nothing here has run on one
-stands in the README; what the kernels compute is tested in test_cupy_kernels.
+stands in docs/tested.md; what the kernels compute is tested in test_cupy_kernels.
 """
 
 from __future__ import annotations

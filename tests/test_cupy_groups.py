@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -10,21 +9,25 @@ import mpmath
 import numpy as np
 import pytest
 from test_cupy import counter, host, on, two_devices  # noqa: F401
-from test_cupy_kernels import DTYPES, INF, NORMS, as_oracle, check_near, check_right, drawn, laid_out
+from test_cupy_kernels import (
+    DTYPES,
+    INF,
+    NORMS,
+    as_oracle,
+    backend,
+    check_near,
+    check_right,
+    compiler,
+    cupy,
+    drawn,
+    laid_out,
+    marks,
+)
 
 import exact
 import gradclip
-from backends import MISSING
 
-pytestmark = [
-    pytest.mark.library("cupy"),
-    pytest.mark.skipif("cupy" in MISSING, reason=f"cupy: {MISSING.get('cupy')}"),
-]
-here = "cupy" not in MISSING
-cupy: Any = importlib.import_module("cupy") if here else None
-backend: Any = importlib.import_module("gradclip._backends.cupy") if here else None
-compiler: Any = importlib.import_module("gradclip._backends.cupy.compiler") if here else None
-table: Any = importlib.import_module("gradclip._backends.cupy.table") if here else None
+pytestmark = marks
 
 
 def random_groups(seed: int, n: int, names: list[str], devices: int = 1) -> tuple[list[Any], list[np.ndarray], Any]:

@@ -22,10 +22,11 @@ from gradclip._backends.generic import Backend
 from gradclip._groups import Groups
 from gradclip._scaled import Factors
 
-pytestmark = [
+marks = [
     pytest.mark.library("cupy"),
     pytest.mark.skipif("cupy" in MISSING, reason=f"cupy: {MISSING.get('cupy')}"),
 ]
+pytestmark = marks
 here = "cupy" not in MISSING
 cupy: Any = importlib.import_module("cupy") if here else None
 backend: Any = importlib.import_module("gradclip._backends.cupy") if here else None

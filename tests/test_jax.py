@@ -11,6 +11,7 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
+from meshes import mesh_of, strict_jax  # noqa: F401
 
 import exact
 import gradclip
@@ -20,27 +21,16 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax import export  # noqa: E402
 from jax.experimental import checkify  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
 from gradclip._backends.jax.sums import PLAIN_IS_EXACT  # noqa: E402
 
-pytestmark = pytest.mark.library("jax")
+pytestmark = [pytest.mark.library("jax"), pytest.mark.usefixtures("strict_jax")]
 
 INF = math.inf
 ORDERS = (2.0, 1.0, 3.0, 0.5, INF, -INF, -2.0, 0.0)
 COLLECTIVES = {"sum": jax.lax.psum, "max": jax.lax.pmax, "min": jax.lax.pmin}
-
-
-@pytest.fixture(autouse=True)
-def _plain_jax() -> Iterator[None]:
-    """Strict dtype promotion, and no 64-bit numbers unless a test asks for `x64`."""
-    before = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion
-    jax.config.update("jax_enable_x64", False)
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    yield
-    jax.config.update("jax_enable_x64", before[0])
-    jax.config.update("jax_numpy_dtype_promotion", before[1])
 
 
 @pytest.fixture
@@ -573,16 +563,9 @@ def test_64_bit_accuracy(x64: None) -> None:
 # -- devices and shards ------------------------------------------------------------------------------------
 
 
-def _mesh(*axes: tuple[str, int]) -> Mesh:
-    shape = tuple(n for _, n in axes)
-    if len(jax.devices()) < math.prod(shape):
-        pytest.skip(f"needs {math.prod(shape)} devices")
-    return Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), tuple(name for name, _ in axes))
-
-
 @pytest.mark.parametrize("p", [2.0, 3.0])
 def test_leaves_on_several_devices_stay_there(p: float) -> None:
-    _mesh(("all", 4))
+    mesh_of(("all", 4))
     devices = jax.devices()
     host = [np.float32([3, 0, 1]), np.float32([4]), np.float32([[-2.0]])]
     tree = [jax.device_put(x, devices[i]) for x, i in zip(host, (1, 2, 1), strict=True)]
@@ -600,7 +583,7 @@ def test_leaves_on_several_devices_stay_there(p: float) -> None:
 
 
 def test_values_on_several_devices_stay_there() -> None:
-    _mesh(("all", 4))
+    mesh_of(("all", 4))
     tree = [jax.device_put(jnp.array([3.0, -3.0]), d) for d in jax.devices()[1:3]]
     for got, leaf in zip(gradclip.clip_grad_value(tree, 1.0), tree, strict=True):
         check_like(got, leaf)
@@ -609,7 +592,7 @@ def test_values_on_several_devices_stay_there() -> None:
 
 @pytest.mark.parametrize("name", ["max_norm", "divide_by", "norm"])
 def test_a_bound_on_another_device_travels(name: str) -> None:
-    _mesh(("all", 4))
+    mesh_of(("all", 4))
     leaf = jax.device_put(jnp.array([3.0, 4.0]), jax.devices()[1])
     value = {"max_norm": 1.0, "divide_by": 10.0, "norm": 10.0}[name]
     bounds = {"max_norm": 0.25, name: jax.device_put(jnp.float32(value), jax.devices()[2])}
@@ -620,7 +603,7 @@ def test_a_bound_on_another_device_travels(name: str) -> None:
 
 
 def test_a_value_bound_on_another_device_travels() -> None:
-    _mesh(("all", 4))
+    mesh_of(("all", 4))
     leaf = jax.device_put(jnp.array([3.0, -4.0]), jax.devices()[1])
     got = gradclip.clip_grad_value([leaf], jax.device_put(jnp.float32(1.0), jax.devices()[2]))[0]
     check_like(got, leaf)
@@ -630,7 +613,7 @@ def test_a_value_bound_on_another_device_travels() -> None:
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("bound", [1.0, 1e6])
 def test_shardings_are_kept(jit: bool, bound: float) -> None:
-    mesh = _mesh(("data", 2), ("model", 2))
+    mesh = mesh_of(("data", 2), ("model", 2))
     host = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     specs = [("data", "model"), (None, "model"), (), (("data", "model"),)]
     tree = [jax.device_put(host, NamedSharding(mesh, PartitionSpec(*spec))) for spec in specs]
@@ -651,7 +634,7 @@ def test_shardings_are_kept(jit: bool, bound: float) -> None:
 
 
 def test_sharded_and_single_device_leaves_together() -> None:
-    mesh = _mesh(("data", 4))
+    mesh = mesh_of(("data", 4))
     tree = [
         jax.device_put(jnp.full(8, 3.0), NamedSharding(mesh, PartitionSpec("data"))),
         jax.device_put(jnp.full(8, 4.0), jax.devices()[3]),
@@ -667,7 +650,7 @@ def test_sharded_and_single_device_leaves_together() -> None:
     ("p", "vma"), [(p, True) for p in (2.0, 1.0, 3.0, INF, -INF, 0.0)] + [(p, False) for p in (2.0, 3.0)]
 )
 def test_shard_map_equals_the_unsharded_result(p: float, vma: bool) -> None:
-    mesh = _mesh(("data", 4))
+    mesh = mesh_of(("data", 4))
     spec, host = PartitionSpec("data"), np.float32([1, -2, 3, 4, -5, 6, 0.5, 8, 0, 7, -8, 0.25])
     if p == -INF:
         host[8] = 1  # else the norm is 0
@@ -700,7 +683,7 @@ def test_shard_map_equals_the_unsharded_result(p: float, vma: bool) -> None:
 
 @pytest.mark.skipif(not hasattr(jax, "pmap"), reason="this JAX has no pmap")
 def test_pmap_with_a_collective() -> None:
-    _mesh(("data", 4))
+    mesh_of(("data", 4))
     host = np.arange(8, dtype=np.float32).reshape(4, 2)
     clip = jax.pmap(lambda g: gradclip.clip_grad_norm([g], 1.0, all_reduce=joined_over("data")), axis_name="data")
     out = clip(host)

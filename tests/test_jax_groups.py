@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from meshes import mesh_of, strict_jax  # noqa: F401
 
 import exact
 import gradclip
@@ -16,32 +16,19 @@ from gradclip.distributed import psum
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import checkify  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 
-pytestmark = pytest.mark.library("jax")
+pytestmark = [pytest.mark.library("jax"), pytest.mark.usefixtures("strict_jax")]
 
 INF = math.inf
 ORDERS = (2.0, 1.0, 3.0, 0.5, INF, -INF, 0.0, -2.0)
 LABELS = {"w": "a", "b": "b", "deep": ["a", None], "h": "b"}
 
 
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    before = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion
-    jax.config.update("jax_enable_x64", False)
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    yield
-    jax.config.update("jax_enable_x64", before[0])
-    jax.config.update("jax_numpy_dtype_promotion", before[1])
-
-
 @pytest.fixture(scope="module")
 def mesh() -> Any:
-    if len(jax.devices()) < 4:
-        pytest.skip("needs 4 devices")
-    return Mesh(np.array(jax.devices()[:4]), ("data",))
+    return mesh_of(("data", 4))
 
 
 def gradients(seed: int = 0) -> dict[str, Any]:

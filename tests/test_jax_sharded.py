@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from meshes import mesh_of
 
 import exact
 import gradclip
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 pytestmark = pytest.mark.library("jax")
@@ -40,9 +41,7 @@ TREES: dict[str, list[tuple[tuple[int, ...], Any]]] = {
 
 @pytest.fixture(scope="module")
 def mesh() -> Any:
-    if len(jax.devices()) < 4:
-        pytest.skip("needs 4 devices")
-    return Mesh(np.array(jax.devices()[:4]), ("d",))
+    return mesh_of(("d", 4))
 
 
 def crossings(text: str) -> Counter[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from meshes import mesh_of, strict_jax  # noqa: F401
 
 import exact
 import gradclip
@@ -18,10 +18,10 @@ from gradclip.distributed import psum
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import checkify  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-pytestmark = pytest.mark.library("jax")
+pytestmark = [pytest.mark.library("jax"), pytest.mark.usefixtures("strict_jax")]
 
 INF = math.inf
 ORDERS = (2.0, 1.0, 3.0, 0.5, INF, -INF, 0.0, -2.0)
@@ -31,21 +31,9 @@ AXES = ("data", "model")
 SPECS = {"both": P("data", "model"), "model": P(None, "model"), "data": [P("data")], "none": P()}
 
 
-@pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
-    before = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion
-    jax.config.update("jax_enable_x64", False)
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    yield
-    jax.config.update("jax_enable_x64", before[0])
-    jax.config.update("jax_numpy_dtype_promotion", before[1])
-
-
 @pytest.fixture(scope="module")
 def mesh() -> Any:
-    if len(jax.devices()) < 4:
-        pytest.skip("needs 4 devices")
-    return Mesh(np.array(jax.devices()[:4]).reshape(2, 2), AXES)
+    return mesh_of(("data", 2), ("model", 2))
 
 
 def gradients(seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
