@@ -34,7 +34,7 @@ COLLECTIVES = {"sum": jax.lax.psum, "max": jax.lax.pmax, "min": jax.lax.pmin}
 
 
 @pytest.fixture
-def x64(strict_jax: None) -> None:
+def x64(strict_jax: None) -> None:  # noqa: F811
     jax.config.update("jax_enable_x64", True)
 
 
