@@ -264,9 +264,8 @@ def _given(
         None if bounds.norm is None else _arguments.scalars("norm", bounds.norm, parts, finite=False),
         divide_by,
     )
-    arrays = [
-        x for bound in bounds for x in (bound if isinstance(bound, list) else [bound]) if not isinstance(x, float)
-    ]
+    given = [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])]
+    arrays = [x for x in given if x is not None and not isinstance(x, float)]
     if arrays or parts.flat is not flat:
         flat, backend = parts.flat, backend_for(parts.flat, arrays)
     leaves = backend.adopt(flat.values)
