@@ -57,7 +57,7 @@ BOUNDS = {
     "zero": (0, -0.0, 0.0),
     "inf": (math.inf, -math.inf, math.inf),
     "beyond-the-dtype": (1e300, -1e300, 1e300),
-    "rounded-to-the-largest-float32": (3.4028235e38, -3.4028235e38, 3.4028235e38),
+    "rounded-to-the-largest-float32": (3.40282355e38, -3.40282355e38, 3.40282355e38),
     "rounded-to-the-largest-float16": (65519.9, -65519.9, 65519.9),
     "rounded-to-inf-in-float16": (65520.0, -65520.0, 65520.0),
     "huge-int": (10**30, -(10**30), 10**30),
@@ -368,6 +368,7 @@ MISMATCHES = {
     "high-of-a-pair": ((-1.0, {"m": [1.0]}), {"m": [0, 0]}, r"^(clip_value\[1\]|hi)\['m'\] "),
     "triple": ((1.0, 2.0, 3.0), [0, 0], r"^clip_value "),
     "short-iterator": (iter([1.0]), [0, 0], r"^clip_value .*it has \[0\], they have \[0\], \[1\]$"),
+    "six-of-seven": ([1.0] * 6, [0] * 7, r"it has \[0\], .*\[5\], they have \[0\], .*\[5\], \.\.\.$"),
     "triple-for-array": ((1.0, 2.0, 3.0), 0, r"^clip_value is a container \(tuple\)"),
 }
 
