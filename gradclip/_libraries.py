@@ -65,7 +65,7 @@ def backend_of(names: dict[str, Any]) -> Backend:
     if len(names) > 1:
         raise ValueError(f"no backend for {' and '.join(names)} at once")
     for name, example in names.items():
-        return _own(name) if name in LIBRARIES else _generic(array_api_compat.array_namespace(example))
+        return _own(name) if name in LIBRARIES else Backend(array_api_compat.array_namespace(example))
     return _own("numpy")
 
 
@@ -73,11 +73,6 @@ def backend_of(names: dict[str, Any]) -> Backend:
 def _own(name: str) -> Backend:
     backend: Backend = getattr(import_module(f"gradclip._backends.{name}"), LIBRARIES[name].backend)()
     return backend
-
-
-@lru_cache
-def _generic(xp: Any) -> Backend:
-    return Backend(xp)
 
 
 def can_join(x: Any, names: dict[str, Any]) -> bool:
@@ -119,21 +114,21 @@ def is_nothing(x: Any) -> bool:
     return getattr(dtype, "names", None) is not None and str(dtype) == "[('float0', 'V')]"
 
 
-def unsuitable(x: Any) -> tuple[str, str]:
+def unsuitable(x: Any) -> str:
     """What an array of a special class is, and what to pass instead; empty for any other."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     if _is(x, "torch.nn", "Parameter"):
-        return "a torch Parameter", "pass its gradient (p.grad), or the weights would be clipped"
+        return "a torch Parameter: pass its gradient (p.grad), or the weights would be clipped"
     layout = str(getattr(x, "layout", "strided")) if _is(x, "torch", "Tensor") else "strided"
     if "sparse" in kind or "sparse" in layout:
-        return f"a sparse array ({kind})", "make it dense first; its stored duplicates would spoil the norm"
+        return f"a sparse array ({kind}): make it dense first; its stored duplicates would spoil the norm"
     if "strided" not in layout or getattr(x, "is_nested", False):
-        return f"a tensor ({kind}) of layout {layout}, nested or opaque", "pass strided ones (unbind() or to_dense())"
+        return f"a tensor ({kind}) of layout {layout}, nested or opaque: pass strided ones (unbind() or to_dense())"
     if _is(x, "numpy.ma", "MaskedArray") or _is(x, "torch.masked", "MaskedTensor"):
-        return "a masked array", "fill it first (x.filled(0), x.to_tensor(0)), so that masked elements have a value"
+        return "a masked array: fill it first (x.filled(0), x.to_tensor(0)), so that masked elements have a value"
     if _is(x, "numpy", "matrix"):
-        return "a numpy.matrix", "make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
-    return "", ""
+        return "a numpy.matrix: make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
+    return ""
 
 
 def _is(x: Any, module: str, name: str) -> bool:
