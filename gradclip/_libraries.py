@@ -20,16 +20,15 @@ from gradclip._types import Array
 class Library(NamedTuple):
     """An array library that has a backend of its own, in `gradclip/_backends/<name>/`."""
 
-    name: str
     owns: Callable[[Any], bool]
     backend: str  # the class
     immutable: str = ""  # where its arrays cannot be written to: what a message says of one
 
 
 LIBRARIES = {
-    "numpy": Library("numpy", array_api_compat.is_numpy_array, "NumpyBackend"),
-    "jax": Library("jax", array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
-    "cupy": Library("cupy", array_api_compat.is_cupy_array, "CupyBackend"),
+    "numpy": Library(array_api_compat.is_numpy_array, "NumpyBackend"),
+    "jax": Library(array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
+    "cupy": Library(array_api_compat.is_cupy_array, "CupyBackend"),
 }
 
 
@@ -37,9 +36,9 @@ def library(x: Any) -> str | None:
     """The name of the library that `x` belongs to, None if it is no array."""
     if type(x) is float or type(x) is int:
         return None
-    for known in LIBRARIES.values():
+    for name, known in LIBRARIES.items():
         if known.owns(x):
-            return known.name
+            return name
     if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
         return "torch DTensor"
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
@@ -78,7 +77,7 @@ def _own(name: str) -> Backend:
 def can_join(x: Any, names: dict[str, Any]) -> bool:
     """Whether a 0-d array is no reason for another backend: NumPy's can be read, and JAX reads those of its own."""
     name = library(x)
-    return name in (None, "numpy") or (name == "jax" and "numpy" in names and not _is_traced(x))
+    return name in (None, "numpy") or (name == "jax" and "numpy" in names and not _is(x, "jax.core", "Tracer"))
 
 
 def is_real(x: Any) -> bool:
@@ -101,11 +100,6 @@ def host_number(x: Any) -> float | None:
         except OverflowError:  # an int beyond float64
             return math.inf if x > 0 else -math.inf
     return None
-
-
-def _is_traced(x: Any) -> bool:
-    core = getattr(sys.modules.get("jax"), "core", None)
-    return core is not None and isinstance(x, core.Tracer)
 
 
 def is_nothing(x: Any) -> bool:

@@ -34,9 +34,8 @@ R = TypeVar("R")
 #: Leaves up to here are strung together, so that a norm costs one pass of 0.1 us an element and not 2 us a leaf.
 _SMALL = 1 << 13
 
-#: What one thread takes at once, in elements; and how many there must be for a second thread to pay.
+#: What one thread takes at once, in elements. A second one pays for no fewer.
 _BLOCK = 1 << 20
-_MANY = 1 << 20
 
 _SINGLE, _DOUBLE, _COMPLEX = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.complex128)
 
@@ -182,7 +181,7 @@ def _shared(f: Callable[[T], R], jobs: Sequence[T], leaves: Sequence[Array], *al
     threads wait for each other's interpreter lock: the norm of 25 million float16 elements took 15 ms with one, and 25
     with two.
     """
-    few = len(jobs) < 2 or sum(x.size for x in leaves) < _MANY
+    few = len(jobs) < 2 or sum(x.size for x in leaves) < _BLOCK
     return each(f, jobs, 1 if few or dtype_names(leaves).intersection(alone) else num_threads())
 
 

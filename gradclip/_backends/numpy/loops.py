@@ -33,7 +33,17 @@ _SAFE = (2.0**-900, 2.0**1000)
 #: than 2**-26 of a sum of n of them that is at least n times this.
 _SAFE_EACH = 2.0**-99
 
-_scratch = threading.local()
+
+class _Scratch(threading.local):
+    """Each thread's own memory for one chunk; what is not written to takes none."""
+
+    def __init__(self) -> None:
+        self.wide: Array = np.empty(CHUNK, np.float32)
+        self.other: Array = np.empty(CHUNK, np.float32)
+        self.bits: Array = np.empty(CHUNK, np.uint16)
+
+
+_scratch = _Scratch()
 
 
 def squares(block: Array, wide: bool) -> float:
@@ -83,7 +93,7 @@ def _widened(numbers: Array, wide: bool) -> Array:
     if wide:
         return numbers.astype(np.float64, copy=False)
     widen = _WIDEN.get(dtype_name(numbers))
-    return numbers if widen is None else widen(numbers, _buffer("wide", np.float32))
+    return numbers if widen is None else widen(numbers, _scratch.wide)
 
 
 def _trusted(sums: list[float], arrays: list[Array]) -> list[float]:
@@ -163,21 +173,10 @@ def multiplied(block: Array, out: Array, steps: Sequence[float], wide: bool) -> 
     elif kind == "float32":
         np.multiply(block, np.float32(factor), out=out)
     else:
-        widen, narrow, wide = _WIDEN[kind], _NARROW[kind], _buffer("wide", np.float32)
-        for start in range(0, block.size, CHUNK):
-            piece = block[start : start + CHUNK]
-            x = widen(piece, wide)
+        for piece, target in pairs(block, out, CHUNK):
+            x = _WIDEN[kind](piece, _scratch.wide)
             np.multiply(x, np.float32(factor), out=x)
-            narrow(x, piece, out[start : start + CHUNK])
-
-
-def _buffer(name: str, kind: type) -> Array:
-    """This thread's own memory for one chunk."""
-    buffer = getattr(_scratch, name, None)
-    if buffer is None:
-        buffer = np.empty(CHUNK, kind)
-        setattr(_scratch, name, buffer)
-    return buffer
+            _NARROW[kind](x, piece, target)
 
 
 # --- 16-bit numbers as float32 and back ---------------------------------------------------------------------------
@@ -211,7 +210,7 @@ def _from_float16(block: Array, wide: Array) -> Array:
     x = wide[: block.size]
     if _flushes():
         return np.abs(block, out=x, dtype=np.float32)
-    bits, u = _buffer("bits16", np.uint16)[: block.size], x.view(np.uint32)
+    bits, u = _scratch.bits[: block.size], x.view(np.uint32)
     np.left_shift(block.view(np.uint16), 1, out=bits)  # the sign falls off
     np.copyto(u, bits)
     np.left_shift(u, 12, out=u)
@@ -232,7 +231,7 @@ def _to_float16(x: Array, like: Array, out: Array) -> None:
     Adding 2**(e + 13) to a number of exponent e makes float32 round it where float16 does; the bits of the sum, less
     those of 2**(e + 13), count units in the last place of float16.
     """
-    magic = _buffer("other", np.float32)[: x.size]
+    magic = _scratch.other[: x.size]
     m, u = magic.view(np.uint32), x.view(np.uint32)
     np.maximum(x, _constant(_FIRST)[: x.size], out=magic)
     np.bitwise_and(m, np.uint32(0x7F800000), out=m)
@@ -242,7 +241,7 @@ def _to_float16(x: Array, like: Array, out: Array) -> None:
     np.right_shift(m, 13, out=m)
     np.add(u, m, out=u)
     np.subtract(u, np.uint32((113 + 13) << 10), out=u)
-    sign = _buffer("bits16", np.uint16)[: x.size]
+    sign = _scratch.bits[: x.size]
     np.bitwise_and(like.view(np.uint16), np.uint16(0x8000), out=sign)
     np.bitwise_or(u, sign, out=u)
     np.copyto(out.view(np.uint16), u, casting="unsafe")
