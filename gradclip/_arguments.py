@@ -12,6 +12,8 @@ from gradclip._libraries import host_number, is_real, library, on_host
 from gradclip._tree import Flat, is_container, lasting
 from gradclip._types import AllReduce, Nonfinite, Scalar
 
+_POLICIES = get_args(Nonfinite)
+
 
 def norm_type(p: Any) -> float:
     """p of the p-norm. PyTorch's strings 'inf' and '-inf' are understood."""
@@ -30,8 +32,8 @@ def norm_type(p: Any) -> float:
 
 def policy(nonfinite: Any) -> Nonfinite:
     """What to do about non-finite gradients."""
-    if not isinstance(nonfinite, str) or nonfinite not in get_args(Nonfinite):
-        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, get_args(Nonfinite)))}, got {nonfinite!r}")
+    if not isinstance(nonfinite, str) or nonfinite not in _POLICIES:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _POLICIES))}, got {nonfinite!r}")
     return cast(Nonfinite, nonfinite)
 
 
