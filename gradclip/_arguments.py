@@ -19,7 +19,7 @@ def norm_type(p: Any) -> float:
     """p of the p-norm. PyTorch's strings 'inf' and '-inf' are understood."""
     if isinstance(p, str) and p in ("inf", "-inf"):
         return float(p)
-    value = None if isinstance(p, bool) else host_number(p)
+    value = host_number(p)
     if value is None:
         raise TypeError(
             f"norm_type must be a real number known before tracing, got {p!r} of type {type(p).__name__}: "
@@ -64,8 +64,7 @@ def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> 
     value = lasting(value, name) if isinstance(value, Iterator) else value
     if not is_container(value):
         return scalar(name, value, finite=finite)
-    entries = grouped.entries(value, name)
-    each = [scalar(path, entry, finite=finite) for path, entry in entries]
+    each = [scalar(path, entry, finite=finite) for path, entry in grouped.entries(value, name)]
     return each[0] if len(each) == 1 else each
 
 

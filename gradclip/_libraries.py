@@ -92,9 +92,8 @@ def on_host(x: Any) -> bool:
 
 def host_number(x: Any) -> float | None:
     """A real number that the host can see (a Python number, or NumPy's), as a float; None for anything else."""
-    if isinstance(x, bool):
-        return None
-    if isinstance(x, int | float) or (library(x) == "numpy" and x.shape == () and is_real(x)):
+    is_number = isinstance(x, int | float) and not isinstance(x, bool)
+    if is_number or (library(x) == "numpy" and x.shape == () and is_real(x)):
         try:
             return float(x)
         except OverflowError:  # an int beyond float64

@@ -67,9 +67,8 @@ def _indices(children: Sized) -> Callable[[], list[str]]:
 def _registered(tree: Any) -> Node | None:
     """A node of JAX's registry, None if JAX is not loaded or does not know the class."""
     tree_util = getattr(sys.modules.get("jax"), "tree_util", None)
-    if tree_util is None or tree_util.all_leaves((tree,)):
-        return None
-    if ".sparse" in type(tree).__module__:  # JAX's sparse arrays are nodes; to us they are leaves, and refused
+    # JAX's sparse arrays are nodes; to us they are leaves, and refused.
+    if tree_util is None or ".sparse" in type(tree).__module__ or tree_util.all_leaves((tree,)):
         return None
     pairs, treedef = tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if len(pairs) == 1 and pairs[0][1] is tree:

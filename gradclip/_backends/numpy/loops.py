@@ -25,13 +25,12 @@ CHUNK = 1 << 17
 #: Rows are this long, or a power of two less.
 _LONGEST_ROW = 512
 
-#: A sum of float64 squares in here has lost nothing that matters: no element overflowed, and what underflowed
-#: (below 2**-511 each) adds less than 2**-60 of it, for up to 2**48 elements.
-_SAFE = (2.0**-900, 2.0**1000)
-
-#: Underflow takes at most 2**-126 from a float32 square (where the processor flushes), 2**-125 from a complex one: less
-#: than 2**-26 of a sum of n of them that is at least n times this.
-_SAFE_EACH = 2.0**-99
+#: A sum of n squares has lost nothing that matters if it is at least the first and n times the last, and at most the
+#: second. float64: no element overflowed, and what underflowed (below 2**-511 each) adds less than 2**-60 of it, for up
+#: to 2**48 elements. Others: underflow takes at most 2**-126 from a float32 square (where the processor flushes),
+#: 2**-125 from a complex one, which is less than 2**-26 of such a sum.
+_SAFE_DOUBLE = (2.0**-900, 2.0**1000, 0.0)
+_SAFE = (0.0, sys.float_info.max, 2.0**-99)
 
 
 class _Scratch(threading.local):
@@ -98,10 +97,7 @@ def _widened(numbers: Array, wide: bool) -> Array:
 
 def _trusted(sums: list[float], arrays: list[Array]) -> list[float]:
     """The sums, NaN in place of one outside the range in which a plain sum has lost nothing."""
-    if dtype_name(arrays[0]) in ("float64", "complex128"):
-        low, high, each = *_SAFE, 0.0
-    else:
-        low, high, each = 0.0, sys.float_info.max, _SAFE_EACH
+    low, high, each = _SAFE_DOUBLE if dtype_name(arrays[0]) in ("float64", "complex128") else _SAFE
     return [
         s if max(low, each * x.size) <= s <= high or (s == 0 and not x.any()) else math.nan
         for s, x in zip(sums, arrays, strict=True)
