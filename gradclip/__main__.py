@@ -120,10 +120,9 @@ def backends() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return 0 if clipping made the difference that it is meant to show, else 1."""
     parser = argparse.ArgumentParser(prog="python -m gradclip", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--max-norm", type=float, default=MAX_NORM)
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--seed", type=int, default=0)
+    defaults = {"--steps": STEPS, "--max-norm": MAX_NORM, "--learning-rate": LEARNING_RATE, "--seed": 0}
+    for option, default in defaults.items():
+        parser.add_argument(option, type=type(default), default=default)
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error("--steps must be at least 1")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast, get_args
 
 from gradclip._groups import Grouped
 from gradclip._libraries import host_number, is_real, library, on_host
 from gradclip._tree import Flat, is_container, lasting
 from gradclip._types import AllReduce, Nonfinite, Scalar
 
+_POLICIES = get_args(Nonfinite)
+
 
 def norm_type(p: Any) -> float:
     """p of the p-norm. PyTorch's strings 'inf' and '-inf' are understood."""
     if isinstance(p, str) and p in ("inf", "-inf"):
         return float(p)
-    value = None if isinstance(p, bool) else host_number(p)
+    value = host_number(p)
     if value is None:
         raise TypeError(
             f"norm_type must be a real number known before tracing, got {p!r} of type {type(p).__name__}: "
@@ -30,8 +32,8 @@ def norm_type(p: Any) -> float:
 
 def policy(nonfinite: Any) -> Nonfinite:
     """What to do about non-finite gradients."""
-    if not isinstance(nonfinite, str) or nonfinite not in get_args(Nonfinite):
-        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, get_args(Nonfinite)))}, got {nonfinite!r}")
+    if not isinstance(nonfinite, str) or nonfinite not in _POLICIES:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _POLICIES))}, got {nonfinite!r}")
     return cast(Nonfinite, nonfinite)
 
 
@@ -62,8 +64,7 @@ def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> 
     value = lasting(value, name) if isinstance(value, Iterator) else value
     if not is_container(value):
         return scalar(name, value, finite=finite)
-    entries = grouped.entries(value, name)
-    each = [scalar(path, entry, finite=finite) for path, entry in entries]
+    each = [scalar(path, entry, finite=finite) for path, entry in grouped.entries(value, name)]
     return each[0] if len(each) == 1 else each
 
 
@@ -77,90 +78,65 @@ def all_reduce(given: Any) -> AllReduce | None:
     return given  # type: ignore[no-any-return]
 
 
-class _Pair(NamedTuple):
-    """The bounds of a leaf, and what a message calls them. `low` is None where minus `high` is meant."""
-
-    low: Any
-    high: Any
-    where: str = "clip_value"
-
-
 def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
     """`clip_value` as a pair for every leaf; a lower bound of None stands for minus the upper one."""
     clip_value = lasting(clip_value, "clip_value")
-    pairs = []
-    if not is_container(clip_value):
-        _check(_Pair(None, clip_value))
-    if _is_pair(clip_value):
-        if not any(is_container(side) for side in clip_value):
-            _check_kind("clip_value", *clip_value)
-            _check(_Pair(*clip_value))
+    if _is_pair(clip_value) and any(map(is_container, clip_value)):
         sides = (flat.spread(side, name) for side, name in zip(clip_value, ("lo", "hi"), strict=True))
-        for lo, hi in zip(*sides, strict=True):
-            _check_kind(lo.path, lo.value)
-            _check_kind(hi.path, hi.value)
-            pairs.append(_Pair(_float(lo.value), _float(hi.value), f"{lo.path} and {hi.path}"))
+        pairs = [_limits(f"{lo.path} and {hi.path}", (_real(*lo), _real(*hi))) for lo, hi in zip(*sides, strict=True)]
     else:
+        if _is_pair(clip_value) or not is_container(clip_value):
+            _limits("clip_value", clip_value)  # though there may be no leaves
         try:
             entries = flat.spread(clip_value, "clip_value", _is_pair)
         except ValueError as error:
             is_two = type(clip_value) is list and len(clip_value) == 2
             raise ValueError(f"{error}; a pair of bounds is a tuple, (lo, hi)" if is_two else str(error)) from None
-        for path, bound in entries:
-            if _is_pair(bound):
-                _check_kind(path, *bound)
-                pairs.append(_Pair(_float(bound[0]), _float(bound[1]), path))
-            else:
-                pairs.append(_Pair(None, _float(bound), path))
+        pairs = [_limits(*entry) for entry in entries]
     for i, (leaf, pair) in enumerate(zip(flat.values, pairs, strict=True)):
-        _check(pair)
-        for bound in pair[:2]:
+        for bound in pair:
             shape = tuple(getattr(bound, "shape", ()))
             if not _broadcasts(shape, tuple(leaf.shape)):
                 where = "clip_value" + flat.paths()[i].removeprefix("grads")
                 raise ValueError(
                     f"{where} has shape {shape}, which does not broadcast to the gradient's shape {tuple(leaf.shape)}"
                 )
-    return [pair[:2] for pair in pairs]
+    return pairs
 
 
 def _is_pair(x: Any) -> bool:
     return type(x) is tuple and len(x) == 2
 
 
-def _float(bound: Any) -> Any:
-    """A Python int as a float, inf where it is beyond float64."""
-    return host_number(bound) if type(bound) is int else bound
-
-
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
-def _check_kind(where: str, *bounds: Any) -> None:
-    for bound in bounds:
-        is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
-        if not is_number and (library(bound) is None or not is_real(bound)):
-            raise TypeError(
-                f"{where} must be a real number or array, a pair (lo, hi), or a tree of these, "
-                f"got {bound!r} of type {type(bound).__name__}"
-            )
-
-
-def _check(pair: _Pair) -> None:
-    """Raise unless the bounds make sense, where the host can see them."""
-    low, high, where = pair
-    if low is None:
-        _check_kind(where, high)
+def _limits(where: str, bound: Any) -> tuple[Any, Any]:
+    """A bound or a pair of them as (lo, hi). Raise unless it makes sense, where the host can see it."""
+    if not _is_pair(bound):
+        high = _real(where, bound)
         if on_host(high) and not _all(high >= 0):
             raise ValueError(f"{where} must be >= 0 and not nan, got {high!r}; a pair (lo, hi) may be negative")
-        return
-    _check_kind(where, low, high)
+        return None, high
+    low, high = (_real(where, side) for side in bound)
     if on_host(low) and on_host(high) and not _all(low <= high):
         raise ValueError(f"{where} must be a pair with lo <= hi and no nan, got lo={low!r}, hi={high!r}")
-    for bound in (low, high):
-        if on_host(bound) and not _all(bound == bound):
-            raise ValueError(f"{where} must not be nan, got {bound!r}")
+    for side in (low, high):
+        if on_host(side) and not _all(side == side):
+            raise ValueError(f"{where} must not be nan, got {side!r}")
+    return low, high
+
+
+def _real(where: str, bound: Any) -> Any:
+    """A real number or array as it is, a Python int as a float: inf where it is beyond float64."""
+    is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+    if not is_number and (library(bound) is None or not is_real(bound)):
+        raise TypeError(
+            f"{where} must be a real number or array, a pair (lo, hi), or a tree of these, "
+            f"got {bound!r} of type {type(bound).__name__}"
+        )
+    return host_number(bound) if type(bound) is int else bound
 
 
 def _all(truth: Any) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from gradclip import _arguments
-from gradclip._backends.generic import Backend
 from gradclip._leaves import active, backend_for, refuse_complex, refuse_unwritable
-from gradclip._tree import Flat
 from gradclip._types import Tree
 
 T = TypeVar("T")
@@ -49,9 +47,7 @@ def clip_grad_value(grads: T, clip_value: Any) -> T:
     >>> clip_grad_value({"w": np.array([-3.0, 0.5, 7.0])}, (-1.0, 2.0))
     {'w': array([-1. ,  0.5,  2. ])}
     """
-    job = _prepare(grads, clip_value)
-    with job.backend.session(job.flat.values, in_place=False):
-        return job.flat.rebuild(_clamped(job))  # type: ignore[no-any-return]
+    return _clipped(grads, clip_value, in_place=False)  # type: ignore[no-any-return]
 
 
 def clip_grad_value_(grads: Tree, clip_value: Any) -> None:
@@ -74,29 +70,21 @@ def clip_grad_value_(grads: Tree, clip_value: Any) -> None:
     >>> clip_grad_value_([g], 1.0); g
     array([-1. ,  0.5,  1. ])
     """
-    job = _prepare(grads, clip_value)
-    refuse_unwritable(job.flat, "clip_grad_value")
-    with job.backend.session(job.flat.values, in_place=True):
-        for leaf, new in zip(job.flat.values, _clamped(job), strict=True):
-            leaf[...] = new
+    _clipped(grads, clip_value, in_place=True)
 
 
-class _Job(NamedTuple):
-    """The leaves that hold gradients, each with its checked bounds."""
-
-    backend: Backend
-    flat: Flat
-    pairs: list[tuple[Any, Any]]
-
-
-def _prepare(grads: Tree, clip_value: Any) -> _Job:
+def _clipped(grads: Tree, clip_value: Any, in_place: bool) -> Tree:
     flat = active(grads)
     backend_for(flat)
     refuse_complex(flat)
     pairs = _arguments.bounds(clip_value, flat)
-    return _Job(backend_for(flat, [bound for pair in pairs for bound in pair]), flat, pairs)
-
-
-def _clamped(job: _Job) -> list[Any]:
-    leaves = zip(job.backend.adopt(job.flat.values), job.pairs, strict=True)
-    return [job.backend.clamp(leaf, low, high) for leaf, (low, high) in leaves]
+    backend = backend_for(flat, [bound for pair in pairs for bound in pair])
+    if in_place:
+        refuse_unwritable(flat, "clip_grad_value")
+    with backend.session(flat.values, in_place):
+        leaves = backend.adopt(flat.values)
+        clamped = [backend.clamp(leaf, low, high) for leaf, (low, high) in zip(leaves, pairs, strict=True)]
+        if in_place:
+            for leaf, new in zip(flat.values, clamped, strict=True):
+                leaf[...] = new
+        return None if in_place else flat.rebuild(clamped)

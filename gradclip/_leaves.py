@@ -31,94 +31,79 @@ def backend_for(flat: Flat, scalars: Sequence[Any] = ()) -> Backend:
 
     Raises LeafError for a leaf that cannot be clipped, or when two libraries meet that cannot work together.
     """
-    first: dict[str, int] = {}  # where each library is seen first among the leaves
-    names: dict[str, Any] = {}
-    for i in _to_check(flat):
-        name = _admit(flat, i)
-        if name not in names:
-            first[name], names[name] = i, flat.values[i]
+    names: dict[str, Any] = {}  # the libraries, each with the first of its arrays
+    for places in (flat.samples, range(len(flat.values))):
+        for i in places:
+            names.setdefault(_admit(flat, i), flat.values[i])
+        if names.keys() <= LIBRARIES.keys():  # elsewhere type and dtype do not say all
+            break
     for value in scalars:
         if value is not None and not can_join(value, names):
             names.setdefault(str(library(value)), value)
     try:
         return backend_of(names)
     except ValueError:
-        one, two = (
-            f"{flat.paths()[first[name]] if name in first else 'a bound'} {verb}a {name} array"
-            for verb, name in zip(("is ", ""), list(names)[:2], strict=True)
-        )
+        found = {id(x): path for x, path in zip(reversed(flat.values), reversed(flat.paths()), strict=True)}
+        (one, kind), (two, other) = ((found.get(id(x), "a bound"), name) for name, x in list(names.items())[:2])
         raise LeafError(
-            f"{one} and {two}: they cannot be clipped as one. "
+            f"{one} is a {kind} array and {two} a {other} array: they cannot be clipped as one. "
             f"Convert one side first, or clip two trees with one norm (norm=...)"
         ) from None
-
-
-def _to_check(flat: Flat) -> Sequence[int]:
-    """Which leaves must be looked at: where type and dtype say all, one of each kind is enough."""
-    samples = (flat.values[i] for i in flat.samples)
-    if all(_sort(x) in _admitted or library(x) in LIBRARIES for x in samples):
-        return flat.samples
-    return range(len(flat.values))
 
 
 def _admit(flat: Flat, i: int) -> str:
     """The library of a leaf. Raises LeafError unless the leaf is a dense floating-point or complex array."""
     x = flat.values[i]
-    known = _admitted.get(_sort(x))
+    sort = type(x), getattr(x, "dtype", None)
+    known = _admitted.get(sort)
     if known is not None:
         return known
     name = library(x)
-    what, repair = _objection(x, name)
-    if what or name is None:
-        raise LeafError(f"{flat.paths()[i]} is {what}: {repair}")
+    objection = _objection(x, name)
+    if objection or name is None:
+        raise LeafError(f"{flat.paths()[i]} is {objection}")
     if name in LIBRARIES:
-        _admitted[_sort(x)] = name
+        _admitted[sort] = name
     return name
 
 
-def _sort(x: Any) -> tuple[type, Any]:
-    return type(x), getattr(x, "dtype", None)
-
-
-def _objection(x: Any, name: str | None) -> tuple[str, str]:
+def _objection(x: Any, name: str | None) -> str:
+    """What a leaf is that cannot be clipped, and how to repair it; empty for a good one."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     if isinstance(x, bool | int | float | complex) and name is None:
-        return f"the Python number {x!r}", "make it an array, for example numpy.asarray(x, dtype='float32')"
+        return f"the Python number {x!r}: make it an array, for example numpy.asarray(x, dtype='float32')"
     if isinstance(x, Clipped):
-        return "a Clipped, what a clip has returned, and its norm is no gradient", "unpack it: grads, norm = ..."
+        return "a Clipped, what a clip has returned, and its norm is no gradient: unpack it: grads, norm = ..."
     if isinstance(x, type):
-        return f"the class {x.__module__}.{x.__qualname__}", "pass an array, not its class"
+        return f"the class {x.__module__}.{x.__qualname__}: pass an array, not its class"
     if isinstance(x, str | bytes):
-        return (
-            f"the {type(x).__name__} {x[:40]!r}",
-            "a gradient tree holds arrays; take it out, or put None there",
-        )
-    what, repair = unsuitable(x)
-    if what:
-        return what, repair
+        return f"the {type(x).__name__} {x[:40]!r}: a gradient tree holds arrays; take it out, or put None there"
+    special = unsuitable(x)
+    if special:
+        return special
     if name is None:
         return (
-            f"a {kind}, which is no array of the Python array API and no container that gradclip knows",
-            "pass arrays in lists, tuples, dicts or named tuples, or register the class as a JAX pytree",
+            f"a {kind}, which is no array of the Python array API and no container that gradclip knows: "
+            "pass arrays in lists, tuples, dicts or named tuples, or register the class as a JAX pytree"
         )
     lacks = "" if name in LIBRARIES else lacking(x)
     if lacks:
         return (
-            f"of type {kind}, which does not speak the array API well enough ({lacks})",
-            "convert it first, to NumPy for example",
+            f"of type {kind}, which does not speak the array API well enough ({lacks}): "
+            "convert it first, to NumPy for example"
         )
-    dtype = dtype_name(x)
-    if dtype not in COMPONENT_BITS:
+    if dtype_name(x) not in COMPONENT_BITS:
         return (
-            f"an array of dtype {dtype}",
-            f"gradients are floating point ({', '.join(COMPONENT_BITS)}): cast it, or put None in its place",
+            f"an array of dtype {dtype_name(x)}: gradients are floating point ({', '.join(COMPONENT_BITS)}): "
+            "cast it, or put None in its place"
         )
-    return "", ""
+    return ""
 
 
 def refuse_unwritable(flat: Flat, verb: str) -> None:
     """Raise LeafError unless every leaf can be written in place. `verb`: the functional form's name."""
-    if all(getattr(f, "writeable", False) and f.forc for f in map(_flags, flat.values)):
+    flags: list[Any] = [getattr(x, "flags", None) for x in flat.values]
+    if all(getattr(f, "writeable", False) and f.forc for f in flags):
         return
     for objection in (immutable, _unwritable):  # among NumPy leaves beside JAX leaves, one of JAX's is named
         for i, x in enumerate(flat.values):
@@ -128,10 +113,6 @@ def refuse_unwritable(flat: Flat, verb: str) -> None:
                     f"{flat.paths()[i]} {reason}, so it cannot be clipped in place: use gradclip.{verb}, "
                     "and take the gradients that it returns"
                 )
-
-
-def _flags(x: Array) -> Any:
-    return getattr(x, "flags", None)
 
 
 def _unwritable(x: Array) -> str:

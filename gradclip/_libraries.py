@@ -20,16 +20,15 @@ from gradclip._types import Array
 class Library(NamedTuple):
     """An array library that has a backend of its own, in `gradclip/_backends/<name>/`."""
 
-    name: str
     owns: Callable[[Any], bool]
     backend: str  # the class
     immutable: str = ""  # where its arrays cannot be written to: what a message says of one
 
 
 LIBRARIES = {
-    "numpy": Library("numpy", array_api_compat.is_numpy_array, "NumpyBackend"),
-    "jax": Library("jax", array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
-    "cupy": Library("cupy", array_api_compat.is_cupy_array, "CupyBackend"),
+    "numpy": Library(array_api_compat.is_numpy_array, "NumpyBackend"),
+    "jax": Library(array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
+    "cupy": Library(array_api_compat.is_cupy_array, "CupyBackend"),
 }
 
 
@@ -37,9 +36,9 @@ def library(x: Any) -> str | None:
     """The name of the library that `x` belongs to, None if it is no array."""
     if type(x) is float or type(x) is int:
         return None
-    for known in LIBRARIES.values():
+    for name, known in LIBRARIES.items():
         if known.owns(x):
-            return known.name
+            return name
     if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
         return "torch DTensor"
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
@@ -65,7 +64,7 @@ def backend_of(names: dict[str, Any]) -> Backend:
     if len(names) > 1:
         raise ValueError(f"no backend for {' and '.join(names)} at once")
     for name, example in names.items():
-        return _own(name) if name in LIBRARIES else _generic(array_api_compat.array_namespace(example))
+        return _own(name) if name in LIBRARIES else Backend(array_api_compat.array_namespace(example))
     return _own("numpy")
 
 
@@ -75,15 +74,10 @@ def _own(name: str) -> Backend:
     return backend
 
 
-@lru_cache
-def _generic(xp: Any) -> Backend:
-    return Backend(xp)
-
-
 def can_join(x: Any, names: dict[str, Any]) -> bool:
     """Whether a 0-d array is no reason for another backend: NumPy's can be read, and JAX reads those of its own."""
     name = library(x)
-    return name in (None, "numpy") or (name == "jax" and "numpy" in names and not _is_traced(x))
+    return name in (None, "numpy") or (name == "jax" and "numpy" in names and not _is(x, "jax.core", "Tracer"))
 
 
 def is_real(x: Any) -> bool:
@@ -98,19 +92,13 @@ def on_host(x: Any) -> bool:
 
 def host_number(x: Any) -> float | None:
     """A real number that the host can see (a Python number, or NumPy's), as a float; None for anything else."""
-    if isinstance(x, bool):
-        return None
-    if isinstance(x, int | float) or (library(x) == "numpy" and x.shape == () and is_real(x)):
+    is_number = isinstance(x, int | float) and not isinstance(x, bool)
+    if is_number or (library(x) == "numpy" and x.shape == () and is_real(x)):
         try:
             return float(x)
         except OverflowError:  # an int beyond float64
             return math.inf if x > 0 else -math.inf
     return None
-
-
-def _is_traced(x: Any) -> bool:
-    core = getattr(sys.modules.get("jax"), "core", None)
-    return core is not None and isinstance(x, core.Tracer)
 
 
 def is_nothing(x: Any) -> bool:
@@ -119,21 +107,21 @@ def is_nothing(x: Any) -> bool:
     return getattr(dtype, "names", None) is not None and str(dtype) == "[('float0', 'V')]"
 
 
-def unsuitable(x: Any) -> tuple[str, str]:
+def unsuitable(x: Any) -> str:
     """What an array of a special class is, and what to pass instead; empty for any other."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     if _is(x, "torch.nn", "Parameter"):
-        return "a torch Parameter", "pass its gradient (p.grad), or the weights would be clipped"
+        return "a torch Parameter: pass its gradient (p.grad), or the weights would be clipped"
     layout = str(getattr(x, "layout", "strided")) if _is(x, "torch", "Tensor") else "strided"
     if "sparse" in kind or "sparse" in layout:
-        return f"a sparse array ({kind})", "make it dense first; its stored duplicates would spoil the norm"
+        return f"a sparse array ({kind}): make it dense first; its stored duplicates would spoil the norm"
     if "strided" not in layout or getattr(x, "is_nested", False):
-        return f"a tensor ({kind}) of layout {layout}, nested or opaque", "pass strided ones (unbind() or to_dense())"
+        return f"a tensor ({kind}) of layout {layout}, nested or opaque: pass strided ones (unbind() or to_dense())"
     if _is(x, "numpy.ma", "MaskedArray") or _is(x, "torch.masked", "MaskedTensor"):
-        return "a masked array", "fill it first (x.filled(0), x.to_tensor(0)), so that masked elements have a value"
+        return "a masked array: fill it first (x.filled(0), x.to_tensor(0)), so that masked elements have a value"
     if _is(x, "numpy", "matrix"):
-        return "a numpy.matrix", "make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
-    return "", ""
+        return "a numpy.matrix: make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
+    return ""
 
 
 def _is(x: Any, module: str, name: str) -> bool:

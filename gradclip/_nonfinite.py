@@ -36,17 +36,16 @@ def raise_if_bad(
     if counts is None:
         return
     culprits = [
-        Culprit(path, _description(x), *found)
-        for path, x, found in zip(flat.paths(), leaves, counts, strict=failure is None)
-        if any(found)
+        Culprit(path, _description(x), *count)
+        for path, x, count in zip(flat.paths(), leaves, counts, strict=failure is None)
+        if any(count)
     ]
     texts: list[str] = []
     if shards is not None and backend.count_nonfinite([], verdict.joined_finite, named) is not None:
         mine = [f"  could not count: {failure!r}"] if failure else described(culprits)
         texts = shards.gather("\n".join(mine))
-    hint = (
-        "" if culprits or any(texts) else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
-    )
+    found = culprits or any(texts)
+    hint = "" if found else "Every leaf here is finite: look at norm=, divide_by=, or the other shards."
     raise NonFiniteError(_described(verdict.norms), culprits, hint, texts) from failure
 
 

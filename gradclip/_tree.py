@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, KeysView, Sized, ValuesView
-from functools import cached_property
+from collections.abc import Callable, Iterator, KeysView, Sequence, Sized, ValuesView
 from typing import Any, NamedTuple
 
 from gradclip._errors import warn
@@ -46,10 +45,8 @@ def _sequence(tree: Any) -> Node:
     fields = getattr(kind, "_fields", None)
 
     def build(children: list[Any]) -> Any:
-        if kind is list or kind is tuple:
-            return kind(children)
-        if fields is not None:
-            return kind._make(children)
+        if kind is list or kind is tuple or fields is not None:
+            return getattr(kind, "_make", kind)(children)
         if isinstance(tree, tuple):
             out = tuple.__new__(kind, children)  # its own __new__ may take something else
             if hasattr(tree, "__dict__"):
@@ -59,9 +56,8 @@ def _sequence(tree: Any) -> Node:
         out[:] = children
         return out
 
-    if fields:
-        return Node(lambda: [f".{name}" for name in fields], list(tree), build)
-    return Node(_indices(tree), list(tree), build)
+    keys = (lambda: [f".{name}" for name in fields]) if fields else _indices(tree)
+    return Node(keys, list(tree), build)
 
 
 def _indices(children: Sized) -> Callable[[], list[str]]:
@@ -70,11 +66,9 @@ def _indices(children: Sized) -> Callable[[], list[str]]:
 
 def _registered(tree: Any) -> Node | None:
     """A node of JAX's registry, None if JAX is not loaded or does not know the class."""
-    jax = sys.modules.get("jax")
-    tree_util = getattr(jax, "tree_util", None)
-    if tree_util is None or tree_util.all_leaves((tree,)):
-        return None
-    if ".sparse" in type(tree).__module__:  # JAX's sparse arrays are nodes; to us they are leaves, and refused
+    tree_util = getattr(sys.modules.get("jax"), "tree_util", None)
+    # JAX's sparse arrays are nodes; to us they are leaves, and refused.
+    if tree_util is None or ".sparse" in type(tree).__module__ or tree_util.all_leaves((tree,)):
         return None
     pairs, treedef = tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if len(pairs) == 1 and pairs[0][1] is tree:
@@ -88,17 +82,7 @@ def _key(entry: Any) -> str:
         return f".{entry.name}"
     if hasattr(entry, "idx"):
         return f"[{entry.idx}]"
-    key = entry.key if hasattr(entry, "key") else entry
-    return f"[{key!r}]"
-
-
-_EXACT: dict[type, Callable[[Any], Node]] = {
-    dict: _mapping,
-    OrderedDict: _mapping,
-    defaultdict: _mapping,
-    list: _sequence,
-    tuple: _sequence,
-}
+    return f"[{getattr(entry, 'key', entry)!r}]"
 
 
 #: Types of leaves met before, for speed. Array types only: another class may be registered with JAX later on.
@@ -108,28 +92,22 @@ _SIMPLE = {float, int, str, bool}
 
 def _open(tree: Any) -> Node | None:
     """The container `tree` one level deep, or None for a leaf."""
-    exact = _EXACT.get(type(tree))
-    if exact is not None:
-        return exact(tree)
-    if type(tree) in _leaf_types or type(tree) in _SIMPLE:
+    kind = type(tree)
+    if kind in _leaf_types or kind in _SIMPLE or isinstance(tree, Clipped):  # the gate for leaves refuses a Clipped
         return None
-    if isinstance(tree, Clipped):  # its norm is no gradient: the gate for leaves refuses it
-        return None
-    if isinstance(tree, tuple) and hasattr(type(tree), "_fields"):
+    if kind in (dict, OrderedDict, defaultdict):  # which JAX would sort
+        return _mapping(tree)
+    if kind in (list, tuple) or (isinstance(tree, tuple) and hasattr(kind, "_fields")):
         return _sequence(tree)
     if isinstance(tree, Iterator | KeysView | ValuesView):
         children = list(tree)
         if not children and isinstance(tree, Iterator):
             warn("gradclip was given an iterator that gives nothing, and clips nothing: was it read before?")
         return Node(_indices(children), children, list)
-    registered = _registered(tree)
-    if registered is not None:
-        return registered
-    if isinstance(tree, dict):
-        return _mapping(tree)
-    if isinstance(tree, list | tuple):
-        return _sequence(tree)
-    return None
+    node = _registered(tree)
+    if node is None and isinstance(tree, dict | list | tuple):
+        return _mapping(tree) if isinstance(tree, dict) else _sequence(tree)
+    return node
 
 
 class _Inner(NamedTuple):
@@ -145,33 +123,39 @@ _LEAF = object()
 class Flat:
     """The leaves of a tree: `values`, in order, without the empty places."""
 
-    def __init__(self, values: list[Any], plan: Any, root: str) -> None:
-        self.values = values
-        self._plan = plan
-        self._root = root
+    samples: Sequence[int]
+    """In order, the first leaf of every kind, a kind being a type and a dtype."""
 
-    @cached_property
-    def samples(self) -> list[int]:
-        """In order, the first leaf of every kind, a kind being a type and a dtype."""
+    def __init__(self, leaves: list[Any], plan: Any, root: str, places: Sequence[int]) -> None:
+        self._leaves, self._plan, self._root, self._places = leaves, plan, root, places
+        self.values = leaves if len(places) == len(leaves) else [leaves[i] for i in places]
         kinds = [getattr(x, "dtype", None) for x in self.values]
         if len(set(map(type, self.values))) > 1:
             kinds = list(zip(map(type, self.values), kinds, strict=True))
         try:
-            return sorted(kinds.index(kind) for kind in set(kinds))
+            self.samples = sorted(map(kinds.index, set(kinds)))
         except TypeError:  # a dtype that is no array's
-            return list(range(len(kinds)))
+            self.samples = range(len(kinds))
 
     def rebuild(self, values: list[Any], blank: bool = False) -> Tree:
         """A tree like the one that came, with `values` at the leaves. `blank`: None where a leaf is not among them."""
+        if len(self._places) < len(self._leaves):
+            out = [None] * len(self._leaves) if blank else list(self._leaves)
+            for i, value in zip(self._places, values, strict=True):
+                out[i] = value
+            values = out
         return _build(self._plan, iter(values))
 
     def paths(self) -> list[str]:
         """How a reader would write the way to each leaf: `grads['encoder'][3].weight`."""
-        return list(_ways(self._plan, self._root))
+        paths = list(_ways(self._plan, self._root))
+        return [paths[i] for i in self._places]
 
     def only(self, places: list[int]) -> Flat:
         """The same tree, where only the leaves at these places are among `values`; the others stay as they are."""
-        return self if len(places) == len(self.values) else _Part(self, places)
+        if len(places) == len(self.values):
+            return self
+        return Flat(self._leaves, self._plan, self._root, [self._places[i] for i in places])
 
     def spread(self, bounds: Any, name: str, is_bound: Callable[[Any], bool] = lambda x: False) -> list[Leaf]:
         """One bound for every leaf: `bounds` is a bound, or a tree whose bounds stand for what is below.
@@ -182,22 +166,6 @@ class Flat:
         return list(_spread(lasting(bounds, name), self.rebuild(self.values, blank=True), name, is_bound))
 
 
-class _Part(Flat):
-    def __init__(self, whole: Flat, places: list[int]) -> None:
-        self.values = [whole.values[i] for i in places]
-        self._whole, self._places = whole, places
-
-    def rebuild(self, values: list[Any], blank: bool = False) -> Tree:
-        out = [None] * len(self._whole.values) if blank else list(self._whole.values)
-        for i, value in zip(self._places, values, strict=True):
-            out[i] = value
-        return self._whole.rebuild(out, blank)
-
-    def paths(self) -> list[str]:
-        paths = self._whole.paths()
-        return [paths[i] for i in self._places]
-
-
 def flatten(tree: Tree, root: str = "grads") -> Flat:
     """Open any nesting of containers. `root`: how key paths begin.
 
@@ -205,9 +173,10 @@ def flatten(tree: Tree, root: str = "grads") -> Flat:
     """
     values: list[Any] = []
     try:
-        return Flat(values, _visit(tree, root, values, []), root)
+        plan = _visit(tree, root, values, [])
     except RecursionError:
         raise ValueError(f"{root} is nested too deeply for Python's recursion limit: take some levels out") from None
+    return Flat(values, plan, root, range(len(values)))
 
 
 # These call themselves, and are not closures: one would be in a cycle with itself, and the gradients would stay alive

@@ -73,7 +73,7 @@ def test_products_of_16_bits_are_rounded_to_nearest(dtype):
     bits, lowest = exact.FORMATS[dtype]
     for factor in np.float32(factors):
         out = np.empty_like(x)
-        blocks.multiplied(x, np.float64(factor), out)
+        blocks.multiplied(x, out, [float(factor)], False)
         want = x.astype(np.float64) * np.float64(factor)
         _, exponent = np.frexp(want)
         unit = np.exp2(np.maximum(exponent - 1, lowest).astype(np.float64) - (bits - 1))

@@ -68,14 +68,8 @@ class Mpi(Ranks):
             return out
         mine = np.ascontiguousarray(_on_host(partial), np.float64)
         sent, got = np.zeros(_WIDTH), np.empty(_WIDTH)
-        groups = crc32(call.groups.encode())
-        sent[:_START] = (
-            call.norm_type,
-            float(call.nonfinite == "error"),
-            _OPS.index(op),
-            xp.finfo(partial.dtype).bits,
-            groups,
-        )
+        bits, groups = xp.finfo(partial.dtype).bits, crc32(call.groups.encode())
+        sent[:_START] = call.norm_type, call.nonfinite == "error", _OPS.index(op), bits, groups
         end = _START + mine.size
         if end <= _WIDTH:
             sent[_START:end] = mine.reshape(-1)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import array_api_compat.numpy as xp
 import numpy as np
@@ -19,19 +20,21 @@ import numpy as np
 from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import scalars
 from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, padded, pairs, squares, squares_of_each
-from gradclip._dtypes import dtype_name, dtype_names
+from gradclip._dtypes import dtype_names
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen, TwoNorm
 from gradclip._scaled import Factors, Scaled
 from gradclip._threads import each, num_threads
 from gradclip._types import Array
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 #: Leaves up to here are strung together, so that a norm costs one pass of 0.1 us an element and not 2 us a leaf.
 _SMALL = 1 << 13
 
-#: What one thread takes at once, in elements; and how many there must be for a second thread to pay.
+#: What one thread takes at once, in elements. A second one pays for no fewer.
 _BLOCK = 1 << 20
-_MANY = 1 << 20
 
 _SINGLE, _DOUBLE, _COMPLEX = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.complex128)
 
@@ -73,27 +76,17 @@ class NumpyBackend(Backend):
         if not isinstance(norm, TwoNorm):
             return super().partial(leaves, norm, groups, seen)
         jobs = _jobs(leaves, groups)
-        owners: list[int] = []
-        sums: list[float] = []
-        arrays: list[list[Array]] = []
-        for job, found in zip(jobs, each(_sums, jobs, _threads(leaves, "float16", "bfloat16")), strict=True):
-            owners += job.groups[: len(found)]
-            sums += found
-            arrays += [job.arrays] if len(found) == 1 else [[x] for x in job.arrays]
+        sums: list[list[float]] = [[] for _ in range(groups.count)]
         columns: dict[int, list[Array]] = defaultdict(list)
-        for i in [i for i, s in enumerate(sums) if s != s]:
-            columns[owners[i]] += [self._contribution(x, norm, np.float64, seen) for x in arrays[i]]
-            sums[i] = 0.0
+        for job, found in zip(jobs, _shared(_sums, jobs, leaves, "float16", "bfloat16"), strict=True):
+            for i, (group, s) in enumerate(zip(job.groups, found, strict=False)):
+                if s == s:
+                    sums[group].append(s)
+                else:
+                    again = job.arrays if len(found) == 1 else [job.arrays[i]]
+                    columns[group] += [self._contribution(x, norm, np.float64, seen) for x in again]
         out = np.zeros((3, groups.count))
-        if groups.count == 1:
-            out[1] = math.fsum(sums)
-        elif len(set(owners)) == len(owners):
-            out[1, owners] = sums
-        else:
-            known: list[list[float]] = [[] for _ in range(groups.count)]
-            for group, s in zip(owners, sums, strict=True):
-                known[group].append(s)
-            out[1] = list(map(math.fsum, known))
+        out[1] = list(map(math.fsum, sums))
         for group, column in columns.items():
             out[:, group] = self._joined([out[:, group], *column], "sum")
         return out
@@ -117,45 +110,39 @@ class NumpyBackend(Backend):
     def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
         if groups.count == 1:
             return [np.asarray(norm, np.float64 if wide else np.float32)]
-        each = zip(np.broadcast_to(norm, groups.count), np.broadcast_to(wide, groups.count), strict=True)
+        each = zip(*(np.broadcast_to(x, groups.count).tolist() for x in (norm, wide)), strict=True)
         return [np.asarray(x, np.float64 if wide else np.float32) for x, wide in each]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        factor = _each(factors.factor, groups.count)
-        shift = _each(1.0 if factors.shift is None else factors.shift, groups.count)
-        keep = [f == 1 and s == 1 for f, s in zip(factor, shift, strict=True)]
-        if all(keep):
+        shift = 1.0 if factors.shift is None else factors.shift
+        steps = list(map(_steps, _each(factors.factor, groups.count), _each(shift, groups.count)))
+        if not any(steps):
             return leaves
         if in_place and _overlap(leaves):
             return super().scale(leaves, factors, groups, in_place)  # what two share is scaled once, from what it was
-        plain = [s == 1 and f != 1 and 2.0**-126 <= f <= 2.0**126 for f, s in zip(factor, shift, strict=True)]
         # 0-d arrays: to multiply by one takes 0.4 us for 1,024 elements, by a number 0.6.
-        exact = [np.asarray(f) if p else None for f, p in zip(factor, plain, strict=True)]
-        single = [None if f is None or w else f.astype(np.float32) for f, w in zip(exact, groups.wide, strict=True)]
+        exact = [np.asarray(x[0]) if len(x) == 1 else None for x in steps]
+        single = [None if x is None or w else x.astype(np.float32) for x, w in zip(exact, groups.wide, strict=True)]
         own: dict[Any, list[Any]] = {_SINGLE: single, _DOUBLE: exact, _COMPLEX: exact}  # dtypes that are multiplied in
         nothing = [None] * groups.count
         outs = list(leaves)
-        jobs: list[tuple[Array, float, Array]] = []
+        jobs: list[tuple[Array, Array, Sequence[float], bool]] = []
         for i, (leaf, group) in enumerate(zip(leaves, groups.base, strict=True)):
             by = own.get(leaf.dtype, nothing)[group]
-            if by is None and keep[group]:
+            if by is None and not steps[group]:
                 continue
-            out = leaf if in_place else np.empty_like(leaf, subok=False)
+            outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
             if by is not None and leaf.size <= _BLOCK:
                 np.multiply(leaf, by, out)
-            elif factor[group] == 0 or factor[group] != factor[group]:
-                out[...] = factor[group]
-            elif plain[group] and not isinstance(leaf, np.generic) and (by is not None or not groups.wide[group]):
-                jobs += ((x, factor[group], y) for x, y in pairs(leaf, out, _BLOCK))
             else:
-                steps = [factor] if plain[group] else [shift, factor, shift]
-                _multiplied_wide(leaf, out, [step[group] for step in steps])
-            if not in_place:
-                outs[i] = out if isinstance(leaf, np.ndarray) else out.dtype.type(out[()])
-        each(lambda job: multiplied(*job), jobs, _threads(leaves, "float16"))
-        return outs
+                wide = groups.wide[group]
+                jobs += ((x, y, steps[group], wide) for x, y in pairs(np.asarray(leaf), out, _BLOCK))
+        _shared(lambda job: multiplied(*job), jobs, leaves, "float16")
+        return (
+            outs if in_place else [y[()] if isinstance(x, np.generic) else y for x, y in zip(leaves, outs, strict=True)]
+        )
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
         out = super().clamp(np.asarray(leaf), low, high).astype(leaf.dtype, copy=False)
@@ -182,51 +169,50 @@ def _folded(x: Array) -> bool:
     return False
 
 
-def _threads(leaves: Sequence[Array], *alone: str) -> int:
-    """How many threads to use. `alone`: dtypes whose blocks take so many short steps that threads wait for each other's
-    interpreter lock: the norm of 25 million float16 elements took 15 ms with one, and 25 with two.
+def _shared(f: Callable[[T], R], jobs: Sequence[T], leaves: Sequence[Array], *alone: str) -> list[R]:
+    """`[f(job) for job in jobs]`, by threads where they pay. `alone`: dtypes whose blocks take so many short steps that
+    threads wait for each other's interpreter lock: the norm of 25 million float16 elements took 15 ms with one, and 25
+    with two.
     """
-    if sum(x.size for x in leaves) < _MANY or dtype_names(leaves).intersection(alone):
-        return 1
-    return num_threads()
+    few = len(jobs) < 2 or sum(x.size for x in leaves) < _BLOCK
+    return each(f, jobs, 1 if few or dtype_names(leaves).intersection(alone) else num_threads())
 
 
-class _Job(NamedTuple):
-    """Arrays of one dtype whose squares a thread adds up at once: one sum for each, or one for all."""
+@dataclass(slots=True)
+class _Job:
+    """Arrays of one dtype whose squares a thread adds up at once: one sum for each, or one for all of one group."""
 
     arrays: list[Array]
     groups: list[int]
-    apart: bool
     wide: bool
+    room: int = CHUNK
 
 
 def _jobs(leaves: Sequence[Array], groups: Groups) -> list[_Job]:
     """The leaves as jobs, each as long as one thread should take at once."""
     jobs: list[_Job] = []
     is_open: dict[Any, _Job] = {}
-    room: dict[Any, int] = {}
     apart, mixed = groups.count > 1, len(set(groups.wide)) > 1
     for leaf, group in zip(leaves, groups.base, strict=True):
-        n = leaf.size
+        n, wide = leaf.size, groups.wide[group]
         if n > _SMALL:
-            jobs += (_Job([x], [group], False, groups.wide[group]) for x in blocks(np.asarray(leaf), _BLOCK))
+            jobs += (_Job([x], [group], wide) for x in blocks(np.asarray(leaf), _BLOCK))
         elif n:
-            key = (leaf.dtype, groups.wide[group]) if mixed else leaf.dtype
+            key = (leaf.dtype, wide) if mixed else leaf.dtype
             job = is_open.get(key)
             if job is None:
-                job = is_open[key] = _Job([], [], apart, groups.wide[group])
-                room[key] = CHUNK
+                job = is_open[key] = _Job([], [], wide)
             job.arrays.append(leaf)
             job.groups.append(group)
-            room[key] -= padded(n) if apart else n
-            if room[key] < padded(_SMALL):
+            job.room -= padded(n) if apart else n
+            if job.room < padded(_SMALL):
                 jobs.append(is_open.pop(key))
     return jobs + list(is_open.values())
 
 
 def _sums(job: _Job) -> list[float]:
     """The sums of |x|^2, NaN where a plain sum cannot say."""
-    if job.apart and len(job.arrays) > 1:
+    if len(set(job.groups)) > 1:
         return squares_of_each(job.arrays, job.wide)
     block = job.arrays[0].reshape(-1) if len(job.arrays) == 1 else np.concatenate(job.arrays, axis=None)
     return [squares(block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("=")), job.wide)]
@@ -234,18 +220,12 @@ def _sums(job: _Job) -> list[float]:
 
 def _each(row: Any, n: int) -> list[float]:
     """The numbers of n groups, from a row or from one number for all."""
-    if np.ndim(row) == 0:
-        return [float(row)] * n
-    return row.tolist() if len(row) == n else row.tolist() * n
+    values: list[float] = np.asarray(row).reshape(-1).tolist()
+    return values * n if len(values) == 1 else values
 
 
-def _multiplied_wide(leaf: Array, out: Array, steps: Sequence[Array]) -> None:
-    """`out = leaf * steps`, the product formed in float64 or complex128 and rounded once."""
-    acc = np.dtype(np.complex128 if dtype_name(leaf).startswith("complex") else np.float64)
-    if len(steps) > 1 or dtype_name(leaf) == "bfloat16":  # bfloat16 has no ufunc loop in float64
-        product = leaf.astype(acc)
-        for step in steps:
-            product *= step
-        out[...] = product.astype(leaf.dtype)
-    else:  # the ufunc casts in blocks of its own, so that no wide copy of the leaf is made
-        np.multiply(leaf, steps[0], out=out, dtype=acc, casting="same_kind")
+def _steps(factor: float, shift: float) -> Sequence[float]:
+    """What to multiply by, in this order: nothing, one normal float32 number, or two shifts and a factor between."""
+    if shift == 1 and 2.0**-126 <= factor <= 2.0**126:
+        return (factor,) if factor != 1 else ()
+    return shift, factor, shift

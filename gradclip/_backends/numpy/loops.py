@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -25,15 +25,24 @@ CHUNK = 1 << 17
 #: Rows are this long, or a power of two less.
 _LONGEST_ROW = 512
 
-#: A sum of float64 squares in here has lost nothing that matters: no element overflowed, and what underflowed
-#: (below 2**-511 each) adds less than 2**-60 of it, for up to 2**48 elements.
-_SAFE = (2.0**-900, 2.0**1000)
+#: A sum of n squares has lost nothing that matters if it is at least the first and n times the last, and at most the
+#: second. float64: no element overflowed, and what underflowed (below 2**-511 each) adds less than 2**-60 of it, for up
+#: to 2**48 elements. Others: underflow takes at most 2**-126 from a float32 square (where the processor flushes),
+#: 2**-125 from a complex one, which is less than 2**-26 of such a sum.
+_SAFE_DOUBLE = (2.0**-900, 2.0**1000, 0.0)
+_SAFE = (0.0, sys.float_info.max, 2.0**-99)
 
-#: Underflow takes at most 2**-126 from a float32 square (where the processor flushes), 2**-125 from a complex one: less
-#: than 2**-26 of a sum of n of them that is at least n times this.
-_SAFE_EACH = 2.0**-99
 
-_scratch = threading.local()
+class _Scratch(threading.local):
+    """Each thread's own memory for one chunk; what is not written to takes none."""
+
+    def __init__(self) -> None:
+        self.wide: Array = np.empty(CHUNK, np.float32)
+        self.other: Array = np.empty(CHUNK, np.float32)
+        self.bits: Array = np.empty(CHUNK, np.uint16)
+
+
+_scratch = _Scratch()
 
 
 def squares(block: Array, wide: bool) -> float:
@@ -67,8 +76,7 @@ def squares_of_each(arrays: list[Array], wide: bool) -> list[float]:
     rest = [-x.size % _LONGEST_ROW for x in arrays]
     pieces = [piece for x, n in zip(arrays, rest, strict=True) for piece in ((x, zeros[:n]) if n else (x,))]
     block = _widened(_real(np.concatenate(pieces, axis=None, dtype=dtype)), wide)
-    row = _row(block.dtype.type)
-    sums = _of_rows(block, row) if row else np.square(block, dtype=np.float64)
+    sums = _of_rows(block)
     ends = np.cumsum([x.size + n for x, n in zip(arrays, rest, strict=True)])
     starts = [0, *(ends[:-1] * sums.size // ends[-1]).tolist()]
     return _trusted(np.add.reduceat(sums, starts).tolist(), arrays)
@@ -84,15 +92,12 @@ def _widened(numbers: Array, wide: bool) -> Array:
     if wide:
         return numbers.astype(np.float64, copy=False)
     widen = _WIDEN.get(dtype_name(numbers))
-    return numbers if widen is None else widen(numbers, _buffer("wide", np.float32))
+    return numbers if widen is None else widen(numbers, _scratch.wide)
 
 
 def _trusted(sums: list[float], arrays: list[Array]) -> list[float]:
     """The sums, NaN in place of one outside the range in which a plain sum has lost nothing."""
-    if dtype_name(arrays[0]) in ("float64", "complex128"):
-        low, high, each = *_SAFE, 0.0
-    else:
-        low, high, each = 0.0, sys.float_info.max, _SAFE_EACH
+    low, high, each = _SAFE_DOUBLE if dtype_name(arrays[0]) in ("float64", "complex128") else _SAFE
     return [
         s if max(low, each * x.size) <= s <= high or (s == 0 and not x.any()) else math.nan
         for s, x in zip(sums, arrays, strict=True)
@@ -104,17 +109,17 @@ def _dot_rows(x: Array) -> float:
 
     Within 1e-7 (float32) of the exact norm for any number of elements.
     """
-    row = _row(x.dtype.type)
-    if row == 0:
-        return float(np.sum(np.square(x, dtype=np.float64)))
-    whole = x.size - x.size % row
+    whole = x.size - x.size % (_row(x.dtype.type) or 1)
     rest = x[whole:]
     total = float(np.dot(rest, rest))
-    return total + float(np.add.reduce(_of_rows(x[:whole], row))) if whole else total
+    return total + float(np.add.reduce(_of_rows(x[:whole]))) if whole else total
 
 
-def _of_rows(x: Array, row: int) -> Array:
-    """The sums of squares of whole rows, each made in the dtype of `x`."""
+def _of_rows(x: Array) -> Array:
+    """The sums of squares of whole rows, each made in the dtype of `x`; the squares where no row is good enough."""
+    row = _row(x.dtype.type)
+    if row == 0:
+        return np.square(x, dtype=np.float64)
     rows = x.reshape(-1, row)
     return np.vecdot(rows, rows).astype(np.float64, copy=False)
 
@@ -135,42 +140,39 @@ def _row(kind: type) -> int:
     return 0
 
 
-def multiplied(block: Array, factor: float, out: Array) -> None:
-    """`out = block * factor`, for a factor that is a normal float32 number, and blocks of any shape and layout.
+def multiplied(block: Array, out: Array, steps: Sequence[float], wide: bool) -> None:
+    """`out = block * steps`, rounded once, for blocks of any shape and layout; a factor of 0 or NaN is what comes out.
 
-    The product is formed in float32 up to 32 bits, else in float64, with the factor rounded to that.
+    `steps`: a factor that is a normal float32 number, or any between two shifts. By one step the product is formed in
+    float32 up to 32 bits, else, and where `wide`, in float64, with the factor rounded to that.
     """
+    factor = steps[len(steps) // 2]
+    if factor == 0 or factor != factor:
+        out[...] = factor
+        return
     if not (block.flags.forc and out.strides == block.strides and block.dtype.isnative):
         flat = np.array(block, block.dtype.newbyteorder("="), order="C")
-        multiplied(flat, factor, flat)
+        multiplied(flat, flat, steps, wide)
         out[...] = flat
         return
     block, out = block.reshape(-1, order="A"), out.reshape(-1, order="A")
     if block.dtype.kind == "c":
         block, out = block.view(block.real.dtype), out.view(out.real.dtype)
     kind = dtype_name(block)
-    if kind == "float64":
-        np.multiply(block, factor, out=out)
+    if len(steps) > 1 or (wide and kind == "bfloat16"):  # bfloat16 has no ufunc loop in float64
+        product = block.astype(np.float64)
+        for step in steps:
+            product *= step
+        out[...] = product
+    elif wide or kind == "float64" or (kind == "float16" and factor > 1):  # it may overflow: bit operations see nothing
+        np.multiply(block, factor, out=out, dtype=np.float64, casting="same_kind")
     elif kind == "float32":
         np.multiply(block, np.float32(factor), out=out)
-    elif kind == "float16" and factor > 1:  # may overflow, which the bit operations do not see
-        np.multiply(block, factor, out=out, dtype=np.float64, casting="same_kind")
     else:
-        widen, narrow, wide = _WIDEN[kind], _NARROW[kind], _buffer("wide", np.float32)
-        for start in range(0, block.size, CHUNK):
-            piece = block[start : start + CHUNK]
-            x = widen(piece, wide)
+        for piece, target in pairs(block, out, CHUNK):
+            x = _WIDEN[kind](piece, _scratch.wide)
             np.multiply(x, np.float32(factor), out=x)
-            narrow(x, piece, out[start : start + CHUNK])
-
-
-def _buffer(name: str, kind: type) -> Array:
-    """This thread's own memory for one chunk."""
-    buffer = getattr(_scratch, name, None)
-    if buffer is None:
-        buffer = np.empty(CHUNK, kind)
-        setattr(_scratch, name, buffer)
-    return buffer
+            _NARROW[kind](x, piece, target)
 
 
 # --- 16-bit numbers as float32 and back ---------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def _from_float16(block: Array, wide: Array) -> Array:
     x = wide[: block.size]
     if _flushes():
         return np.abs(block, out=x, dtype=np.float32)
-    bits, u = _buffer("bits16", np.uint16)[: block.size], x.view(np.uint32)
+    bits, u = _scratch.bits[: block.size], x.view(np.uint32)
     np.left_shift(block.view(np.uint16), 1, out=bits)  # the sign falls off
     np.copyto(u, bits)
     np.left_shift(u, 12, out=u)
@@ -225,7 +227,7 @@ def _to_float16(x: Array, like: Array, out: Array) -> None:
     Adding 2**(e + 13) to a number of exponent e makes float32 round it where float16 does; the bits of the sum, less
     those of 2**(e + 13), count units in the last place of float16.
     """
-    magic = _buffer("other", np.float32)[: x.size]
+    magic = _scratch.other[: x.size]
     m, u = magic.view(np.uint32), x.view(np.uint32)
     np.maximum(x, _constant(_FIRST)[: x.size], out=magic)
     np.bitwise_and(m, np.uint32(0x7F800000), out=m)
@@ -235,7 +237,7 @@ def _to_float16(x: Array, like: Array, out: Array) -> None:
     np.right_shift(m, 13, out=m)
     np.add(u, m, out=u)
     np.subtract(u, np.uint32((113 + 13) << 10), out=u)
-    sign = _buffer("bits16", np.uint16)[: x.size]
+    sign = _scratch.bits[: x.size]
     np.bitwise_and(like.view(np.uint16), np.uint16(0x8000), out=sign)
     np.bitwise_or(u, sign, out=u)
     np.copyto(out.view(np.uint16), u, casting="unsafe")
@@ -247,19 +249,7 @@ _NARROW: dict[str, Callable[[Array, Array, Array], None]] = {"float16": _to_floa
 
 def blocks(leaf: Array, size: int) -> Iterator[Array]:
     """The elements of a leaf in arrays of about `size`, 1-d where its memory allows. Views, all of them."""
-    if leaf.size <= size:
-        yield leaf
-    elif leaf.flags.forc:
-        flat = leaf.reshape(-1, order="A")
-        for start in range(0, leaf.size, size):
-            yield flat[start : start + size]
-    elif leaf[0].size >= size:
-        for row in leaf:
-            yield from blocks(row, size)
-    else:
-        rows = max(1, size // max(1, leaf[0].size))
-        for start in range(0, leaf.shape[0], rows):
-            yield leaf[start : start + rows]
+    return (x for x, _ in pairs(leaf, leaf, size))
 
 
 def pairs(leaf: Array, out: Array, size: int) -> Iterator[tuple[Array, Array]]:
@@ -267,12 +257,13 @@ def pairs(leaf: Array, out: Array, size: int) -> Iterator[tuple[Array, Array]]:
     if leaf.size <= size:
         yield leaf, out
     elif leaf.flags.forc and leaf.strides == out.strides:
-        yield from zip(blocks(leaf, size), blocks(out, size), strict=True)
+        x, y = leaf.reshape(-1, order="A"), out.reshape(-1, order="A")
+        for start in range(0, x.size, size):
+            yield x[start : start + size], y[start : start + size]
+    elif leaf[0].size >= size:
+        for x, y in zip(leaf, out, strict=True):
+            yield from pairs(x, y, size)
     else:
-        rows = max(1, size // max(1, leaf[0].size))
-        for start in range(0, leaf.shape[0], rows):
-            both = leaf[start : start + rows], out[start : start + rows]
-            if rows > 1 or leaf[0].size <= size:
-                yield both
-            else:
-                yield from pairs(both[0][0], both[1][0], size)
+        rows = size // leaf[0].size
+        for start in range(0, len(leaf), rows):
+            yield leaf[start : start + rows], out[start : start + rows]

@@ -6,15 +6,14 @@ Numbers are `np.float64`, so that division by 0 and overflow give inf and NaN, a
 
 from __future__ import annotations
 
-import builtins
 import math
+import operator
 from typing import Any
 
 import numpy as np
 
-float32, float64 = np.float32, np.float64
-abs = builtins.abs
-isfinite, isnan, isinf = math.isfinite, math.isnan, math.isinf
+float32, sqrt, log = np.float32, np.sqrt, np.log
+isfinite, isnan, isinf, logical_not = math.isfinite, math.isnan, math.isinf, operator.not_
 
 _ZERO, _ONE = np.float64(0), np.float64(1)
 
@@ -23,16 +22,12 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     return x if condition else y
 
 
-def logical_and(x: Any, y: Any) -> bool:
-    return bool(x and y)
+def logical_and(x: Any, y: Any) -> Any:
+    return x and y
 
 
-def logical_or(x: Any, y: Any) -> bool:
-    return bool(x or y)
-
-
-def logical_not(x: Any) -> bool:
-    return not x
+def logical_or(x: Any, y: Any) -> Any:
+    return x or y
 
 
 def maximum(x: Any, y: Any) -> Any:
@@ -57,11 +52,3 @@ def full_like(x: Any, value: float) -> Any:
 
 def astype(x: Any, dtype: Any) -> Any:
     return np.dtype(dtype).type(x)
-
-
-def sqrt(x: Any) -> Any:
-    return np.float64(math.sqrt(x) if x >= 0 else math.nan)
-
-
-def log(x: Any) -> Any:
-    return np.log(x)
