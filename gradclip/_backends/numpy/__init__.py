@@ -196,7 +196,7 @@ def _jobs(leaves: Sequence[Array], groups: Groups) -> list[_Job]:
     for leaf, group in zip(leaves, groups.base, strict=True):
         n, wide = leaf.size, groups.wide[group]
         if n > _SMALL:
-            jobs += (_Job([x], [group], wide) for x in blocks(np.asarray(leaf), _BLOCK))
+            jobs += [_Job([x], [group], wide) for x in blocks(leaf, _BLOCK)]
         elif n:
             key = (leaf.dtype, wide) if mixed else leaf.dtype
             job = is_open.get(key)

@@ -57,7 +57,7 @@ def squares(block: Array, wide: bool) -> float:
     else:
         starts = range(0, numbers.size, CHUNK)
         total = sum(_dot_rows(_widened(numbers[start : start + CHUNK], wide)) for start in starts)
-    return _trusted([total], [block])[0]
+    return _trusted(total, block, _SAFE_DOUBLE if kind is np.float64 else _SAFE)
 
 
 def padded(n: int) -> int:
@@ -79,7 +79,8 @@ def squares_of_each(arrays: list[Array], wide: bool) -> list[float]:
     sums = _of_rows(block)
     ends = np.cumsum([x.size + n for x, n in zip(arrays, rest, strict=True)])
     starts = [0, *(ends[:-1] * sums.size // ends[-1]).tolist()]
-    return _trusted(np.add.reduceat(sums, starts).tolist(), arrays)
+    safe = _SAFE_DOUBLE if dtype.char in "dD" else _SAFE
+    return [_trusted(s, x, safe) for s, x in zip(np.add.reduceat(sums, starts).tolist(), arrays, strict=True)]
 
 
 def _real(block: Array) -> Array:
@@ -95,13 +96,11 @@ def _widened(numbers: Array, wide: bool) -> Array:
     return numbers if widen is None else widen(numbers, _scratch.wide)
 
 
-def _trusted(sums: list[float], arrays: list[Array]) -> list[float]:
-    """The sums, NaN in place of one outside the range in which a plain sum has lost nothing."""
-    low, high, each = _SAFE_DOUBLE if dtype_name(arrays[0]) in ("float64", "complex128") else _SAFE
-    return [
-        s if max(low, each * x.size) <= s <= high or (s == 0 and not x.any()) else math.nan
-        for s, x in zip(sums, arrays, strict=True)
-    ]
+def _trusted(total: float, x: Array, safe: tuple[float, float, float]) -> float:
+    """The sum, NaN in place of one outside the range in which a plain sum has lost nothing."""
+    low, high, each = safe
+    safe = low <= total <= high and total >= each * x.size
+    return total if safe or (total == 0 and not x.any()) else math.nan
 
 
 def _dot_rows(x: Array) -> float:
@@ -111,7 +110,7 @@ def _dot_rows(x: Array) -> float:
     """
     whole = x.size - x.size % (_row(x.dtype.type) or 1)
     rest = x[whole:]
-    total = float(np.dot(rest, rest))
+    total = float(np.dot(rest, rest)) if rest.size else 0.0
     return total + float(np.add.reduce(_of_rows(x[:whole]))) if whole else total
 
 
