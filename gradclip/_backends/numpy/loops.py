@@ -99,8 +99,8 @@ def _widened(numbers: Array, wide: bool) -> Array:
 def _trusted(total: float, x: Array, safe: tuple[float, float, float]) -> float:
     """The sum, NaN in place of one outside the range in which a plain sum has lost nothing."""
     low, high, each = safe
-    safe = low <= total <= high and total >= each * x.size
-    return total if safe or (total == 0 and not x.any()) else math.nan
+    is_safe = low <= total <= high and total >= each * x.size
+    return total if is_safe or (total == 0 and not x.any()) else math.nan
 
 
 def _dot_rows(x: Array) -> float:
