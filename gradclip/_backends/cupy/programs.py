@@ -15,8 +15,9 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from gradclip._backends.cupy import expressions as xp
 from gradclip._backends.cupy import text
-from gradclip._backends.cupy.expressions import Printed, Symbols
+from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, NUMBERS, REAL
 from gradclip._backends.cupy.text import ALIGNMENT, IDENTITY, LEAVES
 from gradclip._decide import Bounds, decide
@@ -72,15 +73,14 @@ def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
 
 def _gather(norm: Norm, step: int, kind: str) -> str:
     """A function that adds the elements of one chunk to a partial, by the norm's own formulas."""
-    xp, wide = Symbols(), KINDS[kind].bits == 64
-    pair = kind.startswith("complex")
-    parts = tuple(xp.given(name, varies=True) for name in (("re", "im") if pair else ("re",)))
+    wide, pair = KINDS[kind].bits == 64, kind.startswith("complex")
+    names = ("re", "im") if pair else ("re",)
     full = replace(norm, binned=True)
     # Passes after the first see what other leaves, or other shards, have measured: numbers that may be wide.
     used = full if wide or step else full.plain
-    terms = used.terms(xp, parts, _seen(xp, norm, step, "groups", ""))
+    terms = used.terms(xp, tuple(map(Expression, names)), _seen(norm, step, "groups", ""))
     assert len(terms) == norm.slots[step]
-    printed, ends = Printed(), []
+    printed, ends = Printed(*names), []
     for k, term in enumerate(terms):
         if term is None:
             continue
@@ -104,11 +104,11 @@ __device__ __forceinline__ void gather_{kind}(
 """
 
 
-def _seen(xp: Symbols, norm: Norm, step: int, stride: str, group: str) -> tuple[Any, ...]:
+def _seen(norm: Norm, step: int, stride: str, group: str) -> tuple[Any, ...]:
     """The joined partials of the passes before `step`, row behind row in C's array `seen`."""
     out, at = [], 0
     for slots in norm.slots[:step]:
-        out.append([xp.given(f"seen[{at + k} * (u64){stride}{group}]") for k in range(slots)])
+        out.append([Expression(f"seen[{at + k} * (u64){stride}{group}]") for k in range(slots)])
         at += slots
     return tuple(out)
 
@@ -129,7 +129,7 @@ def settle(norm: Norm | None) -> str:
     group of the launch, how many groups there are, and whether what is not finite becomes 0; each bound; then, unless
     norms are given, the columns, the flags of all shards, and the partials of the pass before.
     """
-    xp, body, head, join = Symbols(), Printed(), "", ""
+    body, head, join = Printed(), "", ""
     names = ["max_norm", "divide_by", *(["norm"] if norm is None else [])]
     parameters = [text.BOUND.format(name) for name in names]
     body.once += [text.READ.format(name) for name in names]
@@ -140,14 +140,14 @@ def settle(norm: Norm | None) -> str:
         parameters += [text.COLUMNS, "const double* widths", "const double* seen, unsigned known"]
         head, join = text.JOINING % joining, text.JOIN % joining
         body.once += [f"const double joined{k} = whole(s[{k}], c[{k}]);" for k in range(norm.slots[last])]
-        final = [xp.given(f"joined{k}") for k in range(norm.slots[last])]
-        norms = replace(norm, binned=True).finish(xp, (*_seen(xp, norm, last, "known", " + g"), final))
-    given = {name: Scaled(xp.given(name), None) for name in names}
+        final = [Expression(f"joined{k}") for k in range(norm.slots[last])]
+        norms = replace(norm, binned=True).finish(xp, (*_seen(norm, last, "known", " + g"), final))
+    given = {name: Scaled(Expression(name), None) for name in names}
     bounds = Bounds(given["max_norm"], given.get("norm"), given["divide_by"])
-    wide = xp.given("(widths ? widths[g] != 0 : doubled)" if norm else "doubled", kind="bool")
+    wide = Expression("(widths ? widths[g] != 0 : doubled)" if norm else "doubled", dtype="bool")
     policies: tuple[Nonfinite, ...] = ("zero", "propagate")
     zero, other = (decide(xp, norms, bounds, wide, policy) for policy in policies)
-    numerator = zero.numerator.where(xp, xp.given("zeroes", kind="bool"), other.numerator)
+    numerator = zero.numerator.where(xp, Expression("zeroes", dtype="bool"), other.numerator)
     factors = quotient(xp, numerator, other.denominator)
     shift = xp.number(1.0) if factors.shift is None else factors.shift
     found = {"norm": other.norm, "factor": factors.factor, "shift": shift}
