@@ -10,15 +10,13 @@ Only what those rooms call is here. A bool of an expression raises: a branch can
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
-
-Operand: TypeAlias = "Expression | float"
+from typing import Any
 
 
 def _prints(form: str, dtype: str = "float64") -> Any:
     """A function, or a method of `Expression`, whose result prints as `form` with its operands in it."""
 
-    def made(*operands: Operand) -> Expression:
+    def made(*operands: Expression | float) -> Expression:
         return Expression(form, tuple(x if isinstance(x, Expression) else number(x) for x in operands), dtype)
 
     return made
