@@ -66,17 +66,20 @@ def entries(
     `real`: complex leaves as real ones, twice as long. `room`: where their outputs start. `groups`: the group of each.
     `count`, of all groups: the lines have keys, see `text.JOIN`.
     """
-    out, order = [], kinds(leaves, real=real)
-    for i, leaf in enumerate(leaves):
+    out, found, order = [], {}, kinds(leaves, real=real)
+    for dtype, leaf in {x.dtype: x for x in leaves}.items():
         name = dtype_name(leaf)
         kind = KINDS[name].component if real else name
-        n = leaf.size if kind == name else 2 * leaf.size
-        group = groups[i] if groups else 0
-        to = room[i] if room else order.index(kind) * count + group
-        for begin in range(0, n, LONGEST):
-            skipped = begin * (leaf.nbytes // n)
-            at = to + skipped // ALIGNMENT if room else to
-            out.append(Entry(_ORDER.index(kind), group, leaf.data.ptr + skipped, min(n - begin, LONGEST), at))
+        found[dtype] = _ORDER.index(kind), order.index(kind) * count, 1 + (kind != name)
+    for i, leaf in enumerate(leaves):
+        number, key, times = found[leaf.dtype]
+        n, group, pointer = leaf.size * times, groups[i] if groups else 0, leaf.data.ptr
+        to = room[i] if room else key + group
+        while n > LONGEST:
+            out.append(Entry(number, group, pointer, LONGEST, to))
+            skipped = LONGEST * leaf.itemsize // times
+            n, pointer, to = n - LONGEST, pointer + skipped, to + skipped // ALIGNMENT if room else to
+        out.append(Entry(number, group, pointer, n, to))
     return sorted(out, key=itemgetter(0, 1))  # and by nothing else: sums do not depend on where memory is
 
 
