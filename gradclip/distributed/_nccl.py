@@ -22,9 +22,8 @@ class Nccl(Ranks):
     """See `gradclip.distributed.nccl`."""
 
     def __init__(self, comm: Any, replicated: Tree) -> None:
-        if not all(
-            callable(getattr(comm, name, None)) for name in ("allReduce", "allGather", "rank_id", "size", "device_id")
-        ):
+        needed = ("allReduce", "allGather", "rank_id", "size", "device_id")
+        if not all(callable(getattr(comm, name, None)) for name in needed):
             raise TypeError(f"nccl takes a cupy.cuda.nccl.NcclCommunicator, got {comm!r} of type {type(comm).__name__}")
         super().__init__(comm, replicated)
 

@@ -12,7 +12,7 @@ keep the leaves and what the call returns as long as the graph (see `graphs`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import array_api_compat.cupy as xp
@@ -56,62 +56,40 @@ class CupyBackend(Backend):
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
         """A Python number stays one: it goes to the kernel by value. So does one that is given to all groups."""
-        if isinstance(value, list) and value and all(x is value[0] for x in value):
-            value = value[0]
-        if isinstance(value, int | float):
-            return Scaled(float(value), None)
-        if not isinstance(value, list):
-            keep(value)
-            return super().number(value, acc, device)
-        try:
+        values = value if isinstance(value, list) else [value]
+        if all(x is values[0] for x in values):
+            values = values[:1]
+        values = [_readable(x, device) for x in values]
+        if len(values) == 1:
+            (one,) = values
+            return Scaled(one if isinstance(one, float) else one.astype(cupy.float64, copy=False), None)
+        out = cupy.empty(len(values), cupy.float64)
+        with suppress(NotCompiled):
             kernel = compiler.compiled(programs.row(), "gradclip_row")
-        except NotCompiled:
-            return Scaled(Backend(xp).number(value, acc, device).value(xp), None)
-        out = cupy.empty(len(value), cupy.float64)
-        for begin in range(0, len(value), ENTRIES):
-            some = [self._readable(x, device) for x in value[begin : begin + ENTRIES]]
-            kernel((1,), (THREADS,), (table.row(some), out[begin:], np.uint32(len(some))))
+            for begin in range(0, len(values), ENTRIES):
+                some = values[begin : begin + ENTRIES]
+                kernel((1,), (THREADS,), (table.row(some), out[begin:], np.uint32(len(some))))
+            return Scaled(out, None)
+        for i, x in enumerate(values):
+            out[i] = x
         return Scaled(out, None)
-
-    def _readable(self, value: Any, device: Any) -> Any:
-        """A Python number, or a 0-d array on a device, of a dtype that the kernels read."""
-        if isinstance(value, int | float):
-            return value
-        keep(value)
-        return (
-            move(value, device) if dtype_name(value) in REAL else super().number(value, cupy.float64, device).mantissa
-        )
-
-    def _array(self, number: Any) -> Any:
-        """A bound as the generic backend takes it."""
-        if number is None or not isinstance(number.mantissa, float):
-            return number
-        return super().number(number.mantissa, cupy.float64, cupy.cuda.Device())
 
     # -- norms ---------------------------------------------------------------------------------------------
 
     def partials(self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[..., Array] | None) -> Seen:
         """Without other shards the last partials stay columns: the kernel that decides joins them."""
-        try:
+        with suppress(NotCompiled):
             compiler.compiled(programs.settle(norm), "gradclip_settle", "--fmad=false")
-            if join is not None:
-                self._compile_all(leaves, norm, groups)
-            seen: Seen = ()
-            for step, op in enumerate(norm.ops):
-                columns = self._columns(leaves, norm, groups, seen)
-                if join is None and step + 1 == len(norm.ops):
-                    return (*seen, columns)
-                found = joined(columns, norm, step, groups.count)
-                seen += (found if join is None else _here(join(found, op)),)
-            return seen
-        except NotCompiled:
-            return super().partials(leaves, norm, groups, join)
+            if join is None:
+                seen = (self.partial(leaves, norm, groups, ()),) if len(norm.ops) > 1 else ()
+                return (*seen, self._columns(leaves, norm, groups, seen))
+            self._compile_all(leaves, norm, groups)
+        return super().partials(leaves, norm, groups, join)
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
-        try:
+        with suppress(NotCompiled):
             return joined(self._columns(leaves, norm, groups, seen), norm, len(seen), groups.count)
-        except NotCompiled:
-            return super().partial(leaves, norm, groups, seen)
+        return super().partial(leaves, norm, groups, seen)
 
     def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Columns:
         """What leaves contribute to one pass, on the first one's device."""
@@ -145,30 +123,19 @@ class CupyBackend(Backend):
         try:
             kernel = compiler.compiled(programs.settle(norm if partials else None), "gradclip_settle", "--fmad=false")
         except NotCompiled:
-            return super().decide(norm, partials, Bounds(*map(self._array, bounds)), groups, nonfinite)
-        n, rest = groups.count, [_argument(bounds.max_norm), _argument(bounds.divide_by or Scaled(1.0, None))]
-        rest += [self._found(norm, partials) if partials else _argument(bounds.norm)]
+            bounds = Bounds(*(x and Backend.number(self, x.mantissa, cupy.float64, None) for x in bounds))
+            return super().decide(norm, partials, bounds, groups, nonfinite)
+        n = groups.count
+        given = *_argument(bounds.max_norm), *_argument(bounds.divide_by or Scaled(1.0, None))
+        given += _found(norm, partials) if partials else _argument(bounds.norm)
         rows, finite = cupy.empty((3, n), cupy.float64), cupy.empty((2, n), cupy.bool_)
         for begin in range(0, n, GROUPS):
             wide = groups.wide[begin : begin + GROUPS]
             what = table.flags(wide), np.uint32(begin), np.uint32(n), np.bool_(nonfinite == "zero")
-            kernel((len(wide),), (THREADS,), (rows, finite, *what, *(x for given in rest for x in given)))
+            kernel((len(wide),), (THREADS,), (rows, finite, *what, *given))
         dtypes = [cupy.float64 if wide else cupy.float32 for wide in groups.wide]
         norms = [cupy.ndarray((), dtype, rows.data + rows.itemsize * g) for g, dtype in enumerate(dtypes)]
         return Verdict(norms, Factors(rows[1], rows[2]), finite[0], finite[1])
-
-    def _found(self, norm: Norm, partials: Seen) -> tuple[Any, ...]:
-        """Partials as the kernel takes them."""
-        last, widths = partials[-1], NULL
-        if not isinstance(last, Columns):
-            last = Columns(_here(last))
-            if len(last.values) > norm.slots[-1]:  # other shards have said it
-                widths = last.values[norm.slots[-1] :]
-        seen = list(map(_here, partials[:-1]))
-        if not seen:
-            return *last.arguments(), widths, NULL, np.uint32(0)
-        known = cupy.concatenate(seen) if len(seen) > 1 else seen[0]
-        return *last.arguments(), widths, known, np.uint32(known.shape[1])
 
     # -- clipping ------------------------------------------------------------------------------------------
 
@@ -189,22 +156,20 @@ class CupyBackend(Backend):
                 here = list({_memory(leaves[i]): i for i in here}.values())
             with cupy.cuda.Device(device):
                 by = [NULL if x is None else _here(x) for x in factors]
-                dense = {i for i in here if table.is_dense(leaves[i])}
-                if in_place and table.overlap([leaves[i] for i in dense]):
-                    dense = set()
-                sources = [leaves[i] if i in dense else cupy.array(leaves[i], order="C") for i in here]
-                starts, end = ([], 0) if in_place else table.room_for(sources)
-                room = None if in_place else cupy.cuda.alloc(end * ALIGNMENT)
+                mine = [leaves[i] for i in here]
+                sources = [x if table.is_dense(x) else cupy.array(x, order="C") for x in mine]
+                starts, end = table.room_for(sources)
+                room: Any = NULL if in_place else cupy.empty(end * ALIGNMENT, cupy.uint8)
+                if in_place and table.overlap(sources):
+                    sources = [x.copy() if x is leaf else x for x, leaf in zip(sources, mine, strict=True)]
                 base = [groups.base[i] for i in here] if grouped else []
-                start = NULL if room is None else np.uint64(room.ptr)
-                for launch in table.tables(
-                    table.entries(sources, real=True, room=starts, groups=base), grouped=grouped
-                ):
-                    kernel((blocks(launch),), (THREADS,), (launch, *by, start))
-                for k, (i, x) in enumerate(zip(here, sources, strict=True)):
-                    if room is not None:
-                        out[i] = cupy.ndarray(x.shape, x.dtype, room + starts[k] * ALIGNMENT, x.strides)
-                    elif i not in dense:
+                lines = table.entries(sources, real=True, room=starts, groups=base)
+                for launch in table.tables(lines, grouped=grouped):
+                    kernel((blocks(launch),), (THREADS,), (launch, *by, room))
+                for i, x, start in zip(here, sources, starts, strict=True):
+                    if not in_place:
+                        out[i] = cupy.ndarray(x.shape, x.dtype, room.data + start * ALIGNMENT, x.strides)
+                    elif x is not leaves[i]:
                         leaves[i][...] = x
         return leaves if in_place else out
 
@@ -225,6 +190,26 @@ class CupyBackend(Backend):
 def _here(x: Array) -> Array:
     """An array of numbers as the kernels take it, on the current device."""
     return cupy.ascontiguousarray(move(x, cupy.cuda.Device()), cupy.float64)
+
+
+def _readable(value: Any, device: Any) -> Any:
+    """A Python number, or a 0-d array on a device, of a dtype that the kernels read."""
+    if isinstance(value, float):
+        return value
+    keep(value)
+    value = move(value, device)
+    return value if dtype_name(value) in REAL else value.astype(cupy.float64)
+
+
+def _found(norm: Norm, partials: Seen) -> tuple[Any, ...]:
+    """Partials as the kernel that decides takes them."""
+    *before, last = partials
+    widths = NULL
+    if not isinstance(last, Columns):
+        last = Columns(_here(last))
+        if len(last.values) > norm.slots[-1]:  # other shards have said it
+            widths = last.values[norm.slots[-1] :]
+    return *last.arguments(), widths, _here(before[0]) if before else NULL
 
 
 def _scaling(leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]], grouped: bool) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import cupy
@@ -22,12 +23,11 @@ class Columns(NamedTuple):
     """Partials that are not joined yet: `text.JOIN` says which columns are whose."""
 
     values: Array
-    keys: Array | None = None
+    keys: Any = NULL
     sections: int = 1
 
     def arguments(self) -> tuple[Any, ...]:
-        keys = NULL if self.keys is None else self.keys
-        return self.values, np.uint32(self.values.shape[1]), keys, np.uint32(self.sections)
+        return self.values, np.uint32(self.values.shape[1]), self.keys, np.uint32(self.sections)
 
 
 def blocks(launch: Any) -> int:
@@ -45,14 +45,13 @@ def measured(leaves: Sequence[Array], norm: Norm, base: Sequence[int], count: in
     kernel = compiler.compiled(programs.measure(norm, len(seen), kinds), "gradclip_measure")
     launches = list(table.tables(table.entries(leaves, real=False, groups=base, count=count)))
     widths = [blocks(launch) + (int(launch["leaves"]) if base else 0) for launch in launches]
-    values = cupy.empty((norm.slots[len(seen)], sum(widths)), cupy.float64)
-    keys = cupy.empty(sum(widths), cupy.uint32) if base else None
-    known = (seen[0] if len(seen) == 1 else cupy.concatenate(seen)) if seen else NULL
-    at = 0
-    for launch, width in zip(launches, widths, strict=True):
-        place = values, np.uint32(values.shape[1]), np.uint32(at), NULL if keys is None else keys
-        kernel((blocks(launch),), (THREADS,), (launch, *place, known, np.uint32(seen[0].shape[1] if seen else 1)))
-        at += width
+    *starts, total = accumulate(widths, initial=0)
+    values = cupy.empty((norm.slots[len(seen)], total), cupy.float64)
+    keys = cupy.empty(total, cupy.uint32) if base else NULL
+    known, width = (seen[0], seen[0].shape[1]) if seen else (NULL, 1)
+    for launch, at in zip(launches, starts, strict=True):
+        place = values, np.uint32(values.shape[1]), np.uint32(at), keys
+        kernel((blocks(launch),), (THREADS,), (launch, *place, known, np.uint32(width)))
     return Columns(values, keys, len(kinds) if base else 1)
 
 

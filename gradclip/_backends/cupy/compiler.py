@@ -8,6 +8,8 @@ from typing import Any
 
 import cupy
 
+_failures: list[str] = []
+
 
 class NotCompiled(Exception):
     """A kernel that cannot be had on this machine."""
@@ -28,20 +30,13 @@ def _loaded(source: str, name: str, options: tuple[str, ...], device: int) -> An
     try:
         kernel.compile()
     except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError) as error:
-        _warn_once(str(error).strip())
+        _failures.append(str(error).strip())
+        if len(_failures) == 1:
+            warnings.warn(
+                "gradclip: a CUDA kernel could not be compiled, so slower ones do its work, with the same results. "
+                f"Please report this: {_failures[0][:2000]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return None
     return kernel
-
-
-_failures: list[str] = []
-
-
-def _warn_once(reason: str) -> None:
-    _failures.append(reason)
-    if len(_failures) == 1:
-        warnings.warn(
-            "gradclip: a CUDA kernel could not be compiled, so slower ones do its work, with the same results. "
-            f"Please report this: {reason[:2000]}",
-            RuntimeWarning,
-            stacklevel=2,
-        )

@@ -63,15 +63,8 @@ class Recorder:
         if isinstance(block.mem, cupy.cuda.memory.MemoryAsync):
             return block
         self.held.append(block)
-        memory = _Memory(block.ptr, block.mem.size, block, block.mem.device_id)
-        memory.held = self.held
+        memory = cupy.cuda.UnownedMemory(block.ptr, block.mem.size, self.held, block.mem.device_id)
         return cupy.cuda.MemoryPointer(memory, 0)
-
-
-class _Memory(cupy.cuda.UnownedMemory):  # type: ignore[misc]
-    """Memory of another, and a list of what lives as long."""
-
-    held: list[Any]
 
 
 def _captures(device: int) -> bool:

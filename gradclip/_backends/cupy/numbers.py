@@ -14,17 +14,16 @@ class Kind(NamedTuple):
 
     storage: str
     component: str  # the kind of one real component
-    bits: int  # of one component
 
 
 #: In this order in a table.
 KINDS = {
-    "float16": Kind("Half", "float16", 16),
-    "bfloat16": Kind("Brain", "bfloat16", 16),
-    "float32": Kind("Single", "float32", 32),
-    "float64": Kind("Double", "float64", 64),
-    "complex64": Kind("Pair<Single>", "float32", 32),
-    "complex128": Kind("Pair<Double>", "float64", 64),
+    "float16": Kind("Short<10, 5>", "float16"),
+    "bfloat16": Kind("Short<7, 8>", "bfloat16"),
+    "float32": Kind("Single", "float32"),
+    "float64": Kind("Double", "float64"),
+    "complex64": Kind("Pair<Single>", "float32"),
+    "complex128": Kind("Pair<Double>", "float64"),
 }
 #: The kinds of real numbers.
 REAL = [name for name, kind in KINDS.items() if kind.component == name]
@@ -39,8 +38,7 @@ typedef unsigned long long u64;
 #define INFINITE __longlong_as_double(0x7ff0000000000000LL)
 #define NOT_A_NUMBER __longlong_as_double(0x7ff8000000000000LL)
 
-struct Half { unsigned short bits; };
-struct Brain { unsigned short bits; };
+template <int M, int E> struct Short { unsigned short bits; };
 struct Single { unsigned bits; };
 struct Double { u64 bits; };
 template <class R> struct Pair { R re, im; };
@@ -66,14 +64,14 @@ template <int M, int E> __device__ __forceinline__ unsigned narrowed(double x) {
     size = (size >> (52 - M)) - ((1023 - bias) << M);
     return sign | (size < infinite ? (unsigned)size : infinite);
 }
-__device__ __forceinline__ double widen(Half x) { return widened<10, 5>(x.bits); }
-__device__ __forceinline__ double widen(Brain x) { return widened<7, 8>(x.bits); }
+template <int M, int E> __device__ __forceinline__ double widen(Short<M, E> x) { return widened<M, E>(x.bits); }
 __device__ __forceinline__ double widen(Single x) {
     return x.bits & 0x7f800000u ? (double)__uint_as_float(x.bits) : widened<23, 8>(x.bits);
 }
 __device__ __forceinline__ double widen(Double x) { return __longlong_as_double((long long)x.bits); }
-__device__ __forceinline__ void narrow(double x, Half& to) { to.bits = (unsigned short)narrowed<10, 5>(x); }
-__device__ __forceinline__ void narrow(double x, Brain& to) { to.bits = (unsigned short)narrowed<7, 8>(x); }
+template <int M, int E> __device__ __forceinline__ void narrow(double x, Short<M, E>& to) {
+    to.bits = (unsigned short)narrowed<M, E>(x);
+}
 __device__ __forceinline__ void narrow(double x, Single& to) {
     to.bits = fabs(x) > 2e-38 && fabs(x) < 3e38 ? __float_as_uint((float)x) : narrowed<23, 8>(x);
 }

@@ -15,15 +15,17 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from gradclip._backends.cupy import expressions as xp
 from gradclip._backends.cupy import text
-from gradclip._backends.cupy.expressions import Printed, Symbols
+from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, NUMBERS, REAL
-from gradclip._backends.cupy.text import ALIGNMENT, IDENTITY, LEAVES
+from gradclip._backends.cupy.table import TABLE
+from gradclip._backends.cupy.text import ALIGNMENT, LEAVES
 from gradclip._decide import Bounds, decide
-from gradclip._norms import Norm, Seen, Terms
-from gradclip._parts import Parts
+from gradclip._norms import Norm, Seen, Terms, identity
+from gradclip._parts import Parts, longest_of
 from gradclip._scaled import Scaled, quotient
-from gradclip._types import Namespace, Nonfinite
+from gradclip._types import Namespace
 
 
 class Census(Norm):
@@ -32,31 +34,31 @@ class Census(Norm):
     slots = (2,)
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
-        one, zero = xp.ones_like(parts[0]), xp.zeros_like(parts[0])
-        nan, inf = xp.isnan(parts[0]), xp.isinf(parts[0])
-        for part in parts[1:]:
-            nan, inf = xp.logical_or(nan, xp.isnan(part)), xp.logical_or(inf, xp.isinf(part))
-        return xp.where(nan, one, zero), xp.where(xp.logical_and(inf, xp.logical_not(nan)), one, zero)
+        longest = longest_of(xp, parts)  # NaN where one part is NaN
+        one, zero = xp.ones_like(longest), xp.zeros_like(longest)
+        return xp.where(xp.isnan(longest), one, zero), xp.where(xp.isinf(longest), one, zero)
 
 
 _HEAD = NUMBERS % {"threads": text.THREADS}
 
 
 def _table(grouped: bool) -> str:
-    sizes = {"leaves": LEAVES[grouped], "kinds": len(KINDS), "bytes": text.TABLE_BYTES}
+    sizes = {"leaves": LEAVES[grouped], "kinds": len(KINDS), "bytes": TABLE[grouped].itemsize}
     return text.TABLE % {**sizes, "group": text.GROUP % sizes if grouped else ""}
 
 
 def _joining(norm: Norm, step: int) -> dict[str, Any]:
-    return {"merge": text.MERGE[norm.ops[step]], "slots": norm.slots[step], "identity": IDENTITY[norm.ops[step]]}
+    op = norm.ops[step]
+    return {"merge": text.MERGE[op], "slots": norm.slots[step], "identity": xp.number(identity(op)).form}
 
 
 def _choice(kinds: tuple[str, ...], run: str) -> str:
     """A statement that runs `run` with the storage class of the leaf `low`. `{0}`: its name, `{1}`: the kind's."""
-    order = list(KINDS)
-    cases = [(order.index(kind), run.format(KINDS[kind].storage, kind)) for kind in kinds]
-    tests = [f"if (low < t.until[{i}]) {{ {call} }}" for i, call in cases[:-1]]
-    return " else ".join([*tests, f"{{ {cases[-1][1]} }}"])
+    return " else ".join(
+        f"if (low < t.until[{i}]) {{ {run.format(kind.storage, name)} }}"
+        for i, (name, kind) in enumerate(KINDS.items())
+        if name in kinds
+    )
 
 
 @lru_cache(maxsize=256)
@@ -72,29 +74,21 @@ def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
 
 def _gather(norm: Norm, step: int, kind: str) -> str:
     """A function that adds the elements of one chunk to a partial, by the norm's own formulas."""
-    xp, wide = Symbols(), KINDS[kind].bits == 64
-    pair = kind.startswith("complex")
-    parts = tuple(xp.given(name, varies=True) for name in (("re", "im") if pair else ("re",)))
-    full = replace(norm, binned=True)
+    storage, component = KINDS[kind]
+    wide, names = component == "float64", ("re",) if kind == component else ("re", "im")
     # Passes after the first see what other leaves, or other shards, have measured: numbers that may be wide.
-    used = full if wide or step else full.plain
-    terms = used.terms(xp, parts, _seen(xp, norm, step, "groups", ""))
+    used = replace(norm, binned=wide or step > 0)
+    terms = used.terms(xp, tuple(map(Expression, names)), _seen(norm, step, ""))
     assert len(terms) == norm.slots[step]
-    printed, ends = Printed(), []
-    for k, term in enumerate(terms):
-        if term is None:
-            continue
-        x = printed.name(term)
-        if norm.ops[step] == "sum":
-            # In double, what a plain sum of narrower elements loses cannot be seen in the result.
-            ends.append(f"add(s[{k}], c[{k}], {x});" if wide else f"add(s[{k}], {x});")
-        else:
-            ends.append(f"merge(s[{k}], c[{k}], {x}, 0.0);")
-    storage = KINDS[kind].storage
-    read = "const double re = widen(e.re), im = widen(e.im);" if pair else "const double re = widen(e);"
+    join = "merge(s[{0}], c[{0}], {1}, 0.0);"
+    if norm.ops[step] == "sum":
+        # In double, what a plain sum of narrower elements loses cannot be seen in the result.
+        join = "add(s[{0}], c[{0}], {1});" if wide else "s[{0}] += {1};"
+    printed = Printed(*names)
+    ends = [join.format(k, printed.name(term)) for k, term in enumerate(terms) if term is not None]
+    read = [f"const double {name} = widen(e{'' if kind == component else f'.{name}'});" for name in names]
     head = f"visit<false>(p, ({storage}*)0, n, [&](const {storage}& e) {{"
-    lines = [*printed.once, head, read, *printed.each, *ends, "});"]
-    inside = "\n    ".join(lines)
+    inside = "\n    ".join([*printed.once, head, *read, *printed.each, *ends, "});"])
     return f"""
 __device__ __forceinline__ void gather_{kind}(
     const {storage}* p, unsigned n, double* s, double* c, const double* seen, unsigned groups
@@ -104,13 +98,10 @@ __device__ __forceinline__ void gather_{kind}(
 """
 
 
-def _seen(xp: Symbols, norm: Norm, step: int, stride: str, group: str) -> tuple[Any, ...]:
-    """The joined partials of the passes before `step`, row behind row in C's array `seen`."""
-    out, at = [], 0
-    for slots in norm.slots[:step]:
-        out.append([xp.given(f"seen[{at + k} * (u64){stride}{group}]") for k in range(slots)])
-        at += slots
-    return tuple(out)
+def _seen(norm: Norm, step: int, group: str) -> tuple[Any, ...]:
+    """The joined partial of the pass before `step`, of which there is one at most: in C the array `seen`, by rows."""
+    assert step < 2
+    return ([Expression(f"seen[{k} * (u64)groups{group}]") for k in range(norm.slots[0])],) if step else ()
 
 
 @lru_cache(maxsize=256)
@@ -127,32 +118,28 @@ def settle(norm: Norm | None) -> str:
 
     None: for norms that are given. Its parameters: the outputs; the flags of groups whose norm is float64, the first
     group of the launch, how many groups there are, and whether what is not finite becomes 0; each bound; then, unless
-    norms are given, the columns, the flags of all shards, and the partials of the pass before.
+    norms are given, the columns, the flags of all shards, and the partial of the pass before.
     """
-    xp, body, head, join = Symbols(), Printed(), "", ""
+    body, head, join = Printed(), "", ""
     names = ["max_norm", "divide_by", *(["norm"] if norm is None else [])]
     parameters = [text.BOUND.format(name) for name in names]
-    body.once += [text.READ.format(name) for name in names]
     norms = None
     if norm is not None:
         last = len(norm.ops) - 1
         joining = _joining(norm, last)
-        parameters += [text.COLUMNS, "const double* widths", "const double* seen, unsigned known"]
+        parameters += [text.COLUMNS, "const double* widths", "const double* seen"]
         head, join = text.JOINING % joining, text.JOIN % joining
-        body.once += [f"const double joined{k} = whole(s[{k}], c[{k}]);" for k in range(norm.slots[last])]
-        final = [xp.given(f"joined{k}") for k in range(norm.slots[last])]
-        norms = replace(norm, binned=True).finish(xp, (*_seen(xp, norm, last, "known", " + g"), final))
-    given = {name: Scaled(xp.given(name), None) for name in names}
-    bounds = Bounds(given["max_norm"], given.get("norm"), given["divide_by"])
-    wide = xp.given("(widths ? widths[g] != 0 : doubled)" if norm else "doubled", kind="bool")
-    policies: tuple[Nonfinite, ...] = ("zero", "propagate")
-    zero, other = (decide(xp, norms, bounds, wide, policy) for policy in policies)
-    numerator = zero.numerator.where(xp, xp.given("zeroes", kind="bool"), other.numerator)
+        final = [Expression(f"whole(s[{k}], {{}})", (Expression(f"c[{k}]"),)) for k in range(norm.slots[last])]
+        norms = replace(norm, binned=True).finish(xp, (*_seen(norm, last, " + g"), final))
+    bounds = Bounds(**{name: Scaled(Expression(text.READ, (Expression(name),)), None) for name in names})
+    wide = Expression("(widths ? widths[g] != 0 : doubled)" if norm else "doubled", dtype="bool")
+    zero = decide(xp, norms, bounds, wide, "zero")
+    other = decide(xp, norms, bounds, wide, "propagate")
+    numerator = zero.numerator.where(xp, Expression("zeroes", dtype="bool"), other.numerator)
     factors = quotient(xp, numerator, other.denominator)
     shift = xp.number(1.0) if factors.shift is None else factors.shift
-    found = {"norm": other.norm, "factor": factors.factor, "shift": shift}
-    found |= {"finite": other.finite, "joined_finite": other.joined_finite}
-    shown = {name: body.name(x) for name, x in found.items()}
+    shown = {name: body.name(getattr(other, name)) for name in ("norm", "finite", "joined_finite")}
+    shown |= {"factor": body.name(factors.factor), "shift": body.name(shift)}
     fixed = {"words": text.GROUPS // 32, "parameters": ", ".join(parameters), "join": join}
     return _HEAD + head + text.SETTLE % {**fixed, **shown, "body": "\n    ".join(body.once)}
 
@@ -175,7 +162,6 @@ def scale(kinds: tuple[str, ...], grouped: bool) -> str:
     run += f"(base ? ({{0}}*)(base + t.to[low] * {ALIGNMENT}ull) : ({{0}}*)t.from[low]) + skipped, n, "
     run += "[&]({0}& x) {{ if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor * shift, x); }});"
     each = _choice(kinds, run)
-    once = text.FACTOR % {"group": "t.group[low]" if grouped else "0", "leave": "continue" if grouped else "return"}
-    if grouped:
-        each, once = once + each, ""
-    return _HEAD + _table(grouped) + text.VISIT + text.SCALE % {"once": once, "chunks": text.CHUNKS % {"each": each}}
+    factor = text.FACTOR % {"group": "t.group[low]" if grouped else "0", "leave": "continue" if grouped else "return"}
+    chunks = text.CHUNKS % {"each": factor + each if grouped else each}
+    return _HEAD + _table(grouped) + text.VISIT + text.SCALE % {"once": "" if grouped else factor, "chunks": chunks}

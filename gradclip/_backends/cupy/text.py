@@ -9,7 +9,6 @@ THREADS = 256
 #: Leaves of one launch, without and with a column of groups. The table travels in the kernel's parameters, and those
 #: may take 4 KB in all.
 LEAVES = {False: 250, True: 200}
-TABLE_BYTES = 4024
 #: Groups of one launch that decides: one bit of each travels likewise.
 GROUPS = 8192
 #: Single numbers of one launch that makes a row of them: they travel likewise.
@@ -21,7 +20,6 @@ ALIGNMENT = 256
 # being fused into one of the additions only, which would spoil c. `across` joins what the threads of a block hold;
 # thread 0 has the result, which no other thread writes: no barrier is needed there.
 JOINING = """
-__device__ __forceinline__ void add(double& s, double x) { s += x; }
 __device__ __forceinline__ void add(double& s, double& c, double x) {
     const double sum = __dadd_rn(s, x), part = __dsub_rn(sum, s);
     c = __dadd_rn(c, __dadd_rn(__dsub_rn(s, __dsub_rn(sum, part)), __dsub_rn(x, part)));
@@ -52,7 +50,6 @@ MERGE = {
     "max": "s = larger(s, x);",
     "min": "s = smaller(s, x);",
 }
-IDENTITY = {"sum": "0.0", "max": "0.0", "min": "INFINITE"}
 
 # The leaves of one launch, sorted by kind (and group), cut into chunks of 2**bits elements. `table` fills it.
 TABLE = """
@@ -191,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_settle(
 }
 """
 BOUND = "const double* {0}_at, unsigned {0}_step, double {0}_value"
-READ = "const double {0} = {0}_at ? {0}_at[g * {0}_step] : {0}_value;"
+READ = "{0}_at ? {0}_at[g * {0}_step] : {0}_value"
 
 # Bounds of many groups as one row: numbers by value, and numbers on the device.
 ROW = """
