@@ -9,6 +9,7 @@ import pytest
 
 import exact
 from backends import Backend, np_dtype
+from gradclip._scaled import RANGES
 
 F32, F64 = np.float32, np.float64
 
@@ -178,6 +179,18 @@ def test_a_narrow_leaf_beside_a_wide_one(xp, p):
     exact.check_norm(
         xp.numpy(xp.global_norm([xp.array(x) for x in host], p)), exact.norm(host, p), "float64", max(8, abs(4 / p))
     )
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_elements_on_both_sides_of_a_bin(xp, dtype, p):
+    """Neighbours of every power of two at which a number may change its bin: each counts beside the other."""
+    need(xp, dtype)
+    r = RANGES[dtype]
+    for edge in (r.tiny, r.huge, r.thin, r.huge_sum, r.step, 1 / r.step, r.step**0.5):
+        for host in ([edge / 2, edge * 2], [edge * 2, edge / 2, edge], [edge / 4, edge, edge * 3]):
+            x = np.array(host, dtype)
+            exact.check_norm(xp.numpy(xp.global_norm([xp.array(x)], p)), exact.norm([x], p), dtype)
 
 
 FAR_APART = {
