@@ -171,12 +171,9 @@ def quotient(xp: Namespace, bound: Scaled, norm: Scaled) -> Factors:
 
 def host_split(value: float, step: float) -> tuple[float, float]:
     """`moderate` for a Python number."""
-    half, e = math.sqrt(step), 0.0
-    while half <= abs(value) < math.inf:
-        value, e = value / step, e + 1
-    while 0 < abs(value) < 1 / half:
-        value, e = value * step, e - 1
-    return value, e
+    bits = round(math.log2(step))
+    e = (math.frexp(value)[1] - 1 + bits // 2) // bits  # 0, inf and NaN have none
+    return math.ldexp(value, -e * bits), float(e)
 
 
 def moderate(xp: Namespace, x: Array, step: float = 0.0) -> tuple[Array, Array]:
