@@ -90,15 +90,11 @@ def each(f: Callable[[T], R], jobs: Sequence[T], threads: int) -> list[R]:
         from concurrent.futures import ThreadPoolExecutor  # 10 ms, which `import gradclip` need not take
 
         pool = _pool = ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="gradclip")
-    todo = deque(enumerate(jobs))
+    todo = deque([*enumerate(jobs), *[None] * threads])  # each thread stops at a None
     out: list[R | None] = [None] * len(jobs)
 
     def work() -> None:
-        while True:
-            try:
-                i, job = todo.popleft()
-            except IndexError:
-                return
+        for i, job in iter(todo.popleft, None):
             out[i] = f(job)
 
     try:  # with the caller's context: NumPy keeps its error state there
