@@ -75,7 +75,14 @@ class Mpi(Ranks):
             sent[_START:end] = mine.reshape(-1)
         kind, merge = _message()
         self.comm.Allreduce([sent, 1, kind], [got, 1, kind], op=merge)
-        self._check(sent, got, call)
+        split = [i for i in range(_START) if np.isnan(got[i])]
+        if split:  # on all ranks, for they all have the same `got`
+            policy = "'error'" if call.nonfinite == "error" else "another policy"
+            told = f"{call.norm_type:g}", policy, op, str(bits), call.groups
+            said = self.comm.allgather(", ".join(told[i] for i in split))
+            names = " and ".join(_AGREED[i] for i in split)
+            ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said[:16]))
+            raise ValueError(f"the ranks do not agree on {names}, and nothing was clipped: {ranks}")
         if end <= _WIDTH:
             joined = got[_START:end].reshape(mine.shape)
         else:  # all ranks have as many numbers to join, now that they agree
@@ -83,27 +90,8 @@ class Mpi(Ranks):
             self.comm.Allreduce(mine, joined, op=_MPI_OPS[op])
         return xp.asarray(joined, dtype=partial.dtype, device=array_api_compat.device(partial))
 
-    def _check(self, sent: Any, got: Any, call: Call) -> None:
-        """Raise on all ranks, or on none: they all have the same `got`."""
-        split = [i for i in range(_START) if np.isnan(got[i])]
-        if not split:
-            return
-        said = self.comm.allgather([_told(_AGREED[i], sent[i], call) for i in split])
-        names = " and ".join(_AGREED[i] for i in split)
-        ranks = "; ".join(f"rank {rank}: {', '.join(texts)}" for rank, texts in enumerate(said[:16]))
-        raise ValueError(f"the ranks do not agree on {names}, and nothing was clipped: {ranks}")
-
     def gather(self, text: str) -> list[str]:
         return list(self.comm.allgather(text))
-
-
-def _told(name: str, value: float, call: Call) -> str:
-    """What a rank tells of a thing that the ranks must agree on."""
-    if name == "nonfinite":
-        return "'error'" if value else "another policy"
-    if name == "groups":
-        return call.groups
-    return _OPS[int(value)] if name == "operation" else f"{value:g}"
 
 
 def _on_host(partial: Array) -> Any:
