@@ -175,41 +175,34 @@ class CountNorm(Norm):
         return tuple(xp.zeros_like(x) for x in parts), None
 
 
-@dataclass(frozen=True)
 class ExtremeNorm(Norm):
-    """The largest (sign 1) or smallest (sign -1) magnitude.
+    """The largest (its operation is "max") or smallest ("min") magnitude.
 
     Slots: the extreme magnitude of the middle elements; of the big ones (scaled down: |re + i im| may overflow where re
     and im do not); how bad the worst element is (2 NaN, 1 inf, 0 finite), so that no NaN has to survive a foreign max.
     """
 
-    ops: tuple[ReduceOp, ...] = ("max",)
-    sign: int = 1
-
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         r = range_of(parts[0])
         longest = longest_of(xp, parts)
-        finite = xp.isfinite(longest)
-        big = xp.logical_and(finite, longest > r.huge_sum)
+        big = xp.logical_and(xp.isfinite(longest), longest > r.huge_sum)
         high = hypot(xp, pick(xp, big, tuple(part / r.step for part in parts)))
-        middle = xp.logical_and(finite, longest <= r.huge_sum)
+        middle = longest <= r.huge_sum
         mid = hypot(xp, pick(xp, middle, parts))
-        bad = xp.zeros_like(mid)
-        for x in parts:
-            badness = xp.where(xp.isnan(x), 2 * xp.ones_like(x), xp.where(xp.isinf(x), xp.ones_like(x), bad))
-            bad = xp.maximum(bad, badness)
-        if self.sign > 0:
+        one, zero = xp.ones_like(mid), xp.zeros_like(mid)
+        bad = xp.where(xp.isnan(longest), 2 * one, xp.where(xp.isinf(longest), one, zero))
+        if self.ops == ("max",):
             return mid, high, bad
         inf = xp.full_like(mid, math.inf)
         return xp.where(middle, mid, inf), xp.where(big, high, inf), -bad
 
     def finish(self, xp: Namespace, joined: Seen) -> Scaled:
-        mid, high, bad = joined[0][0], joined[0][1], self.sign * joined[0][2]
+        mid, high, bad = joined[0][0], joined[0][1], joined[0][2]
         zero, one = xp.zeros_like(mid), xp.ones_like(mid)
-        if self.sign > 0:
+        if self.ops == ("max",):
             is_big = high > 0
         else:
-            is_big = xp.logical_and(xp.isinf(mid), xp.isfinite(high))
+            bad, is_big = -bad, xp.logical_and(xp.isinf(mid), xp.isfinite(high))
             mid = xp.where(xp.isinf(mid), zero, mid)  # no element at all
         spoiled = xp.where(bad > 1, xp.full_like(mid, math.nan), xp.full_like(mid, math.inf))
         mantissa = xp.where(bad > 0, spoiled, xp.where(is_big, high, mid))
@@ -233,7 +226,7 @@ class PowerNorm(Norm):
 
     @property
     def _extreme(self) -> ExtremeNorm:
-        return ExtremeNorm(self.binned, self.ops[:1], sign=1 if self.p > 0 else -1)
+        return ExtremeNorm(self.binned, self.ops[:1])
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         if not seen:
@@ -292,5 +285,5 @@ def norm_for(norm_type: float, binned: bool) -> Norm:
         return simple[norm_type](binned)
     op: ReduceOp = "max" if norm_type > 0 else "min"
     if math.isinf(norm_type):
-        return ExtremeNorm(binned, (op,), sign=1 if norm_type > 0 else -1)
+        return ExtremeNorm(binned, (op,))
     return PowerNorm(binned, (op, "sum"), p=norm_type)
