@@ -25,10 +25,8 @@ class Groups:
 
     def split(self, kinds: Sequence[int]) -> Groups:
         """Groups by kind of leaf: those of kind k are `k * count` and on, so that `i % count` are alike."""
-        if not any(kinds):
-            return self
         base = tuple(kind * self.count + group for kind, group in zip(kinds, self.base, strict=True))
-        copies = max(kinds) + 1
+        copies = max(kinds, default=0) + 1
         return Groups(base, copies * self.count, copies * self.wide)
 
 

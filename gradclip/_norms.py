@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import ClassVar, Self, TypeAlias
 
 from gradclip._parts import Parts, hypot, longest_of, pick, unit
-from gradclip._scaled import RANGES, Scaled, magnitudes, moderate, range_of, rounded
+from gradclip._scaled import RANGES, Scaled, magnitudes, range_of, rounded
 from gradclip._types import Array, Namespace, ReduceOp
 
 Seen: TypeAlias = tuple[Array, ...]  # the joined partials of the passes before, each indexed by its slots
@@ -117,7 +117,7 @@ class TwoNorm(SumNorm):
         low, mid, high = joined[0][0], joined[0][1], joined[0][2]
         if not self.binned:
             return Scaled(_root(xp, mid), None)
-        r, zero = range_of(mid), xp.zeros_like(mid)
+        r, one, zero = range_of(mid), xp.ones_like(mid), xp.zeros_like(mid)
         is_big = xp.logical_not(high == 0)
         is_small = xp.logical_and(xp.logical_and(high == 0, mid < r.thin), low > 0)
         squares = xp.where(
@@ -125,7 +125,6 @@ class TwoNorm(SumNorm):
             high + xp.where(is_big, mid / r.step, zero) / r.step,  # XLA would join two plain steps
             xp.where(is_small, low + xp.where(is_small, mid * r.step, zero) * r.step, mid),
         )
-        one = xp.ones_like(mid)
         return Scaled(_root(xp, squares), xp.where(is_big, one, xp.where(is_small, -one, zero)))
 
     def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
@@ -260,13 +259,9 @@ class PowerNorm(Norm):
             root, exponent = root * half * half, None
         else:
             # For p near 0 what 2**48 elements can add is beyond counting: so far that what is clipped is 0.
-            far = half >= top
-            exponent = xp.where(far, 50 * xp.ones_like(half), xp.zeros_like(half))
-            exponent = exponent if pivot.exponent is None else exponent + pivot.exponent
-            half = xp.where(far, xp.ones_like(half), half)
-            for factor in (half, half):
-                (m, i), (n, j) = moderate(xp, root), moderate(xp, factor)
-                root, exponent = m * n, exponent + i + j
+            far, one = half >= top, xp.ones_like(half)
+            factor = Scaled(xp.where(far, one, half), xp.where(far, 25 * one, 0 * one))
+            root, exponent = Scaled(root, pivot.exponent).multiplied(xp, factor).multiplied(xp, factor)
         return Scaled(xp.where(xp.isfinite(pivot.mantissa), root, pivot.mantissa), exponent)
 
     def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:

@@ -53,11 +53,8 @@ class Mpi(Ranks):
             raise ValueError(
                 "mpi got an intercommunicator, whose Allreduce gives each side the other's sum: Merge() it"
             )
-        super().__init__(comm, replicated)
+        super().__init__(comm, replicated, comm.Get_rank())
         self.gpu_aware = gpu_aware
-
-    def rank(self) -> int:
-        return int(self.comm.Get_rank())
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         xp = array_api_compat.array_namespace(partial)
