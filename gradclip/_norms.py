@@ -15,10 +15,10 @@ Three conventions make every norm safe from the first subnormal to the last fini
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import ClassVar, Self, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from gradclip._parts import Parts, hypot, longest_of, pick, unit
 from gradclip._scaled import RANGES, Scaled, magnitudes, range_of, rounded
@@ -32,17 +32,13 @@ Terms: TypeAlias = tuple[Array | None, ...]  # an array a slot, of the elements'
 class Norm:
     """A norm. `binned`: whether sums need bins, since a square may leave the range of the accumulation dtype.
 
-    That is settled once, when the norm of a call is made. Leaves whose squares stay in it may contribute by the `plain`
-    norm to a binned one, never the other way round.
+    That is settled once, when the norm of a call is made. Leaves whose squares stay in it may contribute without bins
+    to a norm that has them, never the other way round.
     """
 
     binned: bool = True
     ops: tuple[ReduceOp, ...] = ("sum",)
     slots: ClassVar[tuple[int, ...]] = (3,)
-
-    @property
-    def plain(self) -> Self:
-        return replace(self, binned=False)
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         """What each element contributes to the pass after those that were `seen`, whose slots broadcast against it."""

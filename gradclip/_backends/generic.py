@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -265,14 +265,13 @@ class Backend:
         return nullcontext() if numpy is None else numpy.errstate(all="ignore")
 
 
-def _pieces(x: Array) -> Iterator[Array]:
+def _pieces(x: Array) -> list[Array]:
     """Views of at most _CHUNK elements, whatever the shape."""
     if math.prod(x.shape) <= _CHUNK:
-        yield x
-        return
-    n, rows = x.shape[0], _CHUNK // math.prod(x.shape[1:])
-    for i in range(0, n, max(1, rows)):
-        yield from (x[i : min(i + rows, n), ...],) if rows else _pieces(x[i, ...])
+        return [x]
+    half = x.shape[0] // 2
+    parts = [x[:half, ...], x[half:, ...]] if half else [x[0, ...]]
+    return [piece for part in parts for piece in _pieces(part)]
 
 
 def _on(device: Any) -> AbstractContextManager[Any]:
