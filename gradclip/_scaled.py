@@ -131,9 +131,8 @@ def to_float32(xp: Namespace, norm: Array) -> Array:
     if range_of(norm) is RANGES["float32"]:
         return norm
     largest = RANGES["float32"].largest
-    inf = xp.full_like(norm, math.inf)
     held = xp.minimum(norm, xp.full_like(norm, largest))
-    return xp.astype(xp.where(norm >= largest + 2.0**103, inf, held), xp.float32)
+    return xp.astype(xp.where(norm >= largest + 2.0**103, xp.full_like(norm, math.inf), held), xp.float32)
 
 
 class Factors(NamedTuple):

@@ -24,15 +24,13 @@ _JOIN = (np.add, np.maximum, np.minimum)
 
 
 def _merge(one: Any, two: Any, datatype: Any) -> None:
-    """What MPI calls to join messages, `two` in place. Where they disagree, NaN says so from then on."""
-    a = np.frombuffer(one, np.float64).reshape(-1, _WIDTH)
-    b = np.frombuffer(two, np.float64).reshape(-1, _WIDTH)
-    with np.errstate(all="ignore"):
-        for x, y in zip(a, b, strict=True):
-            agreed = x[:_START] == y[:_START]
-            if agreed.all():
-                y[_START:] = _JOIN[int(y[2])](x[_START:], y[_START:])
-            y[:_START][~agreed] = np.nan
+    """What MPI calls to join two messages, `two` in place. Where they disagree, NaN says so from then on."""
+    x, y = np.frombuffer(one, np.float64), np.frombuffer(two, np.float64)
+    agreed = x[:_START] == y[:_START]
+    if agreed.all():
+        with np.errstate(all="ignore"):
+            y[_START:] = _JOIN[int(y[2])](x[_START:], y[_START:])
+    y[:_START][~agreed] = np.nan
 
 
 @lru_cache
@@ -50,9 +48,7 @@ class Mpi(Ranks):
         if comm == MPI.COMM_NULL:
             raise ValueError("mpi got the null communicator: this rank is not in the group; it must not call the clip")
         if comm.Is_inter():
-            raise ValueError(
-                "mpi got an intercommunicator, whose Allreduce gives each side the other's sum: Merge() it"
-            )
+            raise ValueError("mpi got an intercommunicator: its Allreduce gives each side the other's sum; Merge() it")
         super().__init__(comm, replicated, comm.Get_rank())
         self.gpu_aware = gpu_aware
 
