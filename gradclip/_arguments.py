@@ -65,7 +65,7 @@ def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> 
     if not is_container(value):
         return scalar(name, value, finite=finite)
     each = [scalar(path, entry, finite=finite) for path, entry in grouped.entries(value, name)]
-    return each[0] if len(each) == 1 else each
+    return each[0] if len(each) == 1 else each or 0.0  # without groups any number will do
 
 
 def all_reduce(given: Any) -> AllReduce | None:

@@ -255,26 +255,24 @@ def _given(
 ) -> _Given:
     norm_type, nonfinite = _arguments.norm_type(norm_type), _arguments.policy(nonfinite)
     all_reduce = _arguments.all_reduce(all_reduce)
-    divide_by = None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True)
     flat = active(grads)
     backend = backend_for(flat)  # what is no gradient is told before it is grouped
     parts = grouped(flat, per)
     bounds = Bounds(
         _arguments.scalars("max_norm", bounds.max_norm, parts),
         None if bounds.norm is None else _arguments.scalars("norm", bounds.norm, parts, finite=False),
-        divide_by,
+        None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True),
     )
     given = [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])]
     arrays = [x for x in given if x is not None and not isinstance(x, float)]
     if arrays or parts.flat is not flat:
         flat, backend = parts.flat, backend_for(parts.flat, arrays)
     leaves = backend.adopt(flat.values)
-    all_reduce = all_reduce if bounds.norm is None else None  # else nothing is measured
     # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
     fit = all(fits(dtype_name(leaves[i]), backend.accumulation(leaves)) for i in flat.samples)
     norm = norm_for(norm_type, binned=all_reduce is not None or not fit)
     shards = None
-    if all_reduce is not None:
+    if all_reduce is not None and bounds.norm is None:  # else nothing is measured
         call = Call(norm_type, nonfinite, parts.described())
         shards = Shards(all_reduce, flat, parts.groups, call, norm.ops[-1])
     return _Given(parts, backend, leaves, norm, bounds, nonfinite, shards)

@@ -43,16 +43,15 @@ def decide(xp: Namespace, norms: Scaled | None, bounds: Bounds, wide: Any, nonfi
     in float64, a bool or a row of them.
     """
     max_norm, divisor = bounds.max_norm, bounds.divide_by
+    total = norm = norms or bounds.norm
     if divisor is not None:
         positive = xp.logical_and(divisor.mantissa > 0, divisor.mantissa < math.inf)
         nan = xp.full_like(divisor.mantissa, math.nan)
         divisor = Scaled(xp.where(positive, divisor.mantissa, nan), divisor.exponent)
-    if bounds.norm is None:
-        assert norms is not None
-        total, norm = norms, norms if divisor is None else norms.divided(xp, divisor)
-    else:  # it is the norm after the division
-        norm = bounds.norm
-        total = norm if divisor is None else norm.multiplied(xp, divisor)
+        if norms is None:  # `bounds.norm` is that after the division
+            total = norm.multiplied(xp, divisor)
+        else:
+            norm = norms.divided(xp, divisor)
     value = norm.value(xp)
     one = xp.ones_like(value)
     bound = Scaled(xp.maximum(max_norm.mantissa, 0 * one), max_norm.exponent)  # NaN stays NaN

@@ -25,8 +25,12 @@ class Culprit(NamedTuple):
 
 def described(culprits: Sequence[Culprit]) -> list[str]:
     """The first of them, a line each."""
-    lines = [f"  {c.path} ({c.description}): {c.nans} NaN, {c.infs} inf" for c in culprits[:_SHOWN]]
-    return lines if len(culprits) <= _SHOWN else [*lines, f"  and {len(culprits) - _SHOWN} more leaves"]
+    return _first([f"  {c.path} ({c.description}): {c.nans} NaN, {c.infs} inf" for c in culprits], "leaves")
+
+
+def _first(entries: list[str], what: str) -> list[str]:
+    more = len(entries) - _SHOWN
+    return [*entries[:_SHOWN], f"  and {more} more {what}"] if more > 0 else entries
 
 
 class NonFiniteError(FloatingPointError, RuntimeError):
@@ -44,20 +48,15 @@ class NonFiniteError(FloatingPointError, RuntimeError):
     def __init__(self, norm: str, culprits: Sequence[Culprit], hint: str = "", shards: Sequence[str] = ()) -> None:
         self.culprits = tuple(culprits)
         self._given = norm, self.culprits, hint, tuple(shards)
-        lines = [f"the gradients are not finite: {norm}"]
-        bad = [(rank, text) for rank, text in enumerate(shards) if text]
-        for rank, text in bad[:_SHOWN]:
-            lines += [f"  rank {rank} of {len(shards)}:", *(f"  {line}" for line in text.split("\n"))]
-        if len(bad) > _SHOWN:
-            lines.append(f"  and {len(bad) - _SHOWN} more ranks")
-        if not shards:
-            lines += described(culprits)
-        if hint:
-            lines.append(f"  {hint}")
-        lines.append(
+        of, indented = f"of {len(shards)}:\n  ", [text.replace("\n", "\n  ") for text in shards]
+        ranks = [f"  rank {rank} {of}{text}" for rank, text in enumerate(indented) if text]
+        lines = [
+            f"the gradients are not finite: {norm}",
+            *(_first(ranks, "ranks") if shards else described(culprits)),
+            *([f"  {hint}"] if hint else []),
             "Nothing was changed. Skip this step, lower the loss scale or the learning rate, "
-            "or pass nonfinite='zero' or nonfinite='propagate'."
-        )
+            "or pass nonfinite='zero' or nonfinite='propagate'.",
+        ]
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -25,10 +25,8 @@ class Groups:
 
     def split(self, kinds: Sequence[int]) -> Groups:
         """Groups by kind of leaf: those of kind k are `k * count` and on, so that `i % count` are alike."""
-        if not any(kinds):
-            return self
         base = tuple(kind * self.count + group for kind, group in zip(kinds, self.base, strict=True))
-        copies = max(kinds) + 1
+        copies = max(kinds, default=0) + 1
         return Groups(base, copies * self.count, copies * self.wide)
 
 
@@ -75,24 +73,23 @@ def _listed(labels: Iterable[Any]) -> str:
 
 def grouped(flat: Flat, per: Per) -> Grouped:
     """The groups that `per` makes of the leaves."""
-    wide = any(_is_wide(flat.values[i]) for i in flat.samples)
+    wide, n = any(_is_wide(flat.values[i]) for i in flat.samples), len(flat.values)
     if per is None:
-        return Grouped(flat, _one_group(len(flat.values), wide))
-    if isinstance(per, str) and per == "leaf":
-        n = len(flat.values)
-        each = tuple(map(_is_wide, flat.values)) if wide else (False,) * n
-        return Grouped(flat, Groups(tuple(range(n)), n, each), by_leaf=True)
-    if isinstance(per, str):
-        raise ValueError(
-            f"per must be None, 'leaf', a tree of labels or a function (key path, leaf) -> label, got {per!r}"
-        )
-    found = _labels(flat, per)
-    flat = flat.only([i for i, label in enumerate(found) if label is not None])
-    labels = tuple(dict.fromkeys(label for label in found if label is not None))
-    number = {label: i for i, label in enumerate(labels)}
-    base = tuple(number[label] for label in found if label is not None)
-    has_wide = {group for group, x in zip(base, flat.values, strict=True) if _is_wide(x)}
-    return Grouped(flat, Groups(base, len(labels), tuple(i in has_wide for i in range(len(labels)))), labels)
+        return Grouped(flat, _one_group(n, wide))
+    if not isinstance(per, str):
+        found = _labels(flat, per)
+        flat = flat.only([i for i, label in enumerate(found) if label is not None])
+        number: dict[Hashable, int] = {}
+        base = [number.setdefault(label, len(number)) for label in found if label is not None]
+        return Grouped(flat, _groups(flat, base, len(number), wide), tuple(number))
+    if per == "leaf":
+        return Grouped(flat, _groups(flat, range(n), n, wide), by_leaf=True)
+    raise ValueError(f"per must be None, 'leaf', a tree of labels or a function (key path, leaf) -> label, got {per!r}")
+
+
+def _groups(flat: Flat, base: Sequence[int], count: int, wide: bool) -> Groups:
+    has_wide = {group for group, x in zip(base, flat.values, strict=True) if _is_wide(x)} if wide else ()
+    return Groups(tuple(base), count, tuple(i in has_wide for i in range(count)))
 
 
 @lru_cache

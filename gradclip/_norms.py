@@ -15,13 +15,13 @@ Three conventions make every norm safe from the first subnormal to the last fini
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import ClassVar, Self, TypeAlias
+from typing import ClassVar, TypeAlias
 
 from gradclip._parts import Parts, hypot, longest_of, pick, unit
-from gradclip._scaled import RANGES, Scaled, magnitudes, moderate, range_of, rounded
+from gradclip._scaled import RANGES, Scaled, magnitudes, range_of, rounded
 from gradclip._types import Array, Namespace, ReduceOp
 
 Seen: TypeAlias = tuple[Array, ...]  # the joined partials of the passes before, each indexed by its slots
@@ -32,17 +32,13 @@ Terms: TypeAlias = tuple[Array | None, ...]  # an array a slot, of the elements'
 class Norm:
     """A norm. `binned`: whether sums need bins, since a square may leave the range of the accumulation dtype.
 
-    That is settled once, when the norm of a call is made. Leaves whose squares stay in it may contribute by the `plain`
-    norm to a binned one, never the other way round.
+    That is settled once, when the norm of a call is made. Leaves whose squares stay in it may contribute without bins
+    to a norm that has them, never the other way round.
     """
 
     binned: bool = True
     ops: tuple[ReduceOp, ...] = ("sum",)
     slots: ClassVar[tuple[int, ...]] = (3,)
-
-    @property
-    def plain(self) -> Self:
-        return replace(self, binned=False)
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         """What each element contributes to the pass after those that were `seen`, whose slots broadcast against it."""
@@ -117,7 +113,7 @@ class TwoNorm(SumNorm):
         low, mid, high = joined[0][0], joined[0][1], joined[0][2]
         if not self.binned:
             return Scaled(_root(xp, mid), None)
-        r, zero = range_of(mid), xp.zeros_like(mid)
+        r, one, zero = range_of(mid), xp.ones_like(mid), xp.zeros_like(mid)
         is_big = xp.logical_not(high == 0)
         is_small = xp.logical_and(xp.logical_and(high == 0, mid < r.thin), low > 0)
         squares = xp.where(
@@ -125,7 +121,6 @@ class TwoNorm(SumNorm):
             high + xp.where(is_big, mid / r.step, zero) / r.step,  # XLA would join two plain steps
             xp.where(is_small, low + xp.where(is_small, mid * r.step, zero) * r.step, mid),
         )
-        one = xp.ones_like(mid)
         return Scaled(_root(xp, squares), xp.where(is_big, one, xp.where(is_small, -one, zero)))
 
     def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
@@ -175,41 +170,34 @@ class CountNorm(Norm):
         return tuple(xp.zeros_like(x) for x in parts), None
 
 
-@dataclass(frozen=True)
 class ExtremeNorm(Norm):
-    """The largest (sign 1) or smallest (sign -1) magnitude.
+    """The largest (its operation is "max") or smallest ("min") magnitude.
 
     Slots: the extreme magnitude of the middle elements; of the big ones (scaled down: |re + i im| may overflow where re
     and im do not); how bad the worst element is (2 NaN, 1 inf, 0 finite), so that no NaN has to survive a foreign max.
     """
 
-    ops: tuple[ReduceOp, ...] = ("max",)
-    sign: int = 1
-
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         r = range_of(parts[0])
         longest = longest_of(xp, parts)
-        finite = xp.isfinite(longest)
-        big = xp.logical_and(finite, longest > r.huge_sum)
+        big = xp.logical_and(xp.isfinite(longest), longest > r.huge_sum)
         high = hypot(xp, pick(xp, big, tuple(part / r.step for part in parts)))
-        middle = xp.logical_and(finite, longest <= r.huge_sum)
+        middle = longest <= r.huge_sum
         mid = hypot(xp, pick(xp, middle, parts))
-        bad = xp.zeros_like(mid)
-        for x in parts:
-            badness = xp.where(xp.isnan(x), 2 * xp.ones_like(x), xp.where(xp.isinf(x), xp.ones_like(x), bad))
-            bad = xp.maximum(bad, badness)
-        if self.sign > 0:
+        one, zero = xp.ones_like(mid), xp.zeros_like(mid)
+        bad = xp.where(xp.isnan(longest), 2 * one, xp.where(xp.isinf(longest), one, zero))
+        if self.ops == ("max",):
             return mid, high, bad
         inf = xp.full_like(mid, math.inf)
         return xp.where(middle, mid, inf), xp.where(big, high, inf), -bad
 
     def finish(self, xp: Namespace, joined: Seen) -> Scaled:
-        mid, high, bad = joined[0][0], joined[0][1], self.sign * joined[0][2]
+        mid, high, bad = joined[0][0], joined[0][1], joined[0][2]
         zero, one = xp.zeros_like(mid), xp.ones_like(mid)
-        if self.sign > 0:
+        if self.ops == ("max",):
             is_big = high > 0
         else:
-            is_big = xp.logical_and(xp.isinf(mid), xp.isfinite(high))
+            bad, is_big = -bad, xp.logical_and(xp.isinf(mid), xp.isfinite(high))
             mid = xp.where(xp.isinf(mid), zero, mid)  # no element at all
         spoiled = xp.where(bad > 1, xp.full_like(mid, math.nan), xp.full_like(mid, math.inf))
         mantissa = xp.where(bad > 0, spoiled, xp.where(is_big, high, mid))
@@ -233,7 +221,7 @@ class PowerNorm(Norm):
 
     @property
     def _extreme(self) -> ExtremeNorm:
-        return ExtremeNorm(self.binned, self.ops[:1], sign=1 if self.p > 0 else -1)
+        return ExtremeNorm(self.binned, self.ops[:1])
 
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         if not seen:
@@ -267,13 +255,9 @@ class PowerNorm(Norm):
             root, exponent = root * half * half, None
         else:
             # For p near 0 what 2**48 elements can add is beyond counting: so far that what is clipped is 0.
-            far = half >= top
-            exponent = xp.where(far, 50 * xp.ones_like(half), xp.zeros_like(half))
-            exponent = exponent if pivot.exponent is None else exponent + pivot.exponent
-            half = xp.where(far, xp.ones_like(half), half)
-            for factor in (half, half):
-                (m, i), (n, j) = moderate(xp, root), moderate(xp, factor)
-                root, exponent = m * n, exponent + i + j
+            far, one = half >= top, xp.ones_like(half)
+            factor = Scaled(xp.where(far, one, half), xp.where(far, 25 * one, 0 * one))
+            root, exponent = Scaled(root, pivot.exponent).multiplied(xp, factor).multiplied(xp, factor)
         return Scaled(xp.where(xp.isfinite(pivot.mantissa), root, pivot.mantissa), exponent)
 
     def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
@@ -292,5 +276,5 @@ def norm_for(norm_type: float, binned: bool) -> Norm:
         return simple[norm_type](binned)
     op: ReduceOp = "max" if norm_type > 0 else "min"
     if math.isinf(norm_type):
-        return ExtremeNorm(binned, (op,), sign=1 if norm_type > 0 else -1)
+        return ExtremeNorm(binned, (op,))
     return PowerNorm(binned, (op, "sum"), p=norm_type)

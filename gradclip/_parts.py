@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import TypeAlias
 
 from gradclip._types import Array, Namespace
@@ -23,10 +24,7 @@ def hypot(xp: Namespace, parts: Parts) -> Array:
 
 def longest_of(xp: Namespace, parts: Parts) -> Array:
     """The largest magnitude among the parts of each element; NaN if one of them is."""
-    out = xp.abs(parts[0])
-    for part in parts[1:]:
-        out = xp.maximum(out, xp.abs(part))
-    return out
+    return reduce(xp.maximum, [xp.abs(part) for part in parts])
 
 
 def pick(xp: Namespace, mask: Array, parts: Parts) -> Parts:

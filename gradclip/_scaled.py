@@ -131,9 +131,8 @@ def to_float32(xp: Namespace, norm: Array) -> Array:
     if range_of(norm) is RANGES["float32"]:
         return norm
     largest = RANGES["float32"].largest
-    inf = xp.full_like(norm, math.inf)
     held = xp.minimum(norm, xp.full_like(norm, largest))
-    return xp.astype(xp.where(norm >= largest + 2.0**103, inf, held), xp.float32)
+    return xp.astype(xp.where(norm >= largest + 2.0**103, xp.full_like(norm, math.inf), held), xp.float32)
 
 
 class Factors(NamedTuple):
@@ -171,12 +170,9 @@ def quotient(xp: Namespace, bound: Scaled, norm: Scaled) -> Factors:
 
 def host_split(value: float, step: float) -> tuple[float, float]:
     """`moderate` for a Python number."""
-    half, e = math.sqrt(step), 0.0
-    while half <= abs(value) < math.inf:
-        value, e = value / step, e + 1
-    while 0 < abs(value) < 1 / half:
-        value, e = value * step, e - 1
-    return value, e
+    bits = round(math.log2(step))
+    e = (math.frexp(value)[1] - 1 + bits // 2) // bits  # 0, inf and NaN have none
+    return math.ldexp(value, -e * bits), float(e)
 
 
 def moderate(xp: Namespace, x: Array, step: float = 0.0) -> tuple[Array, Array]:

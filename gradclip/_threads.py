@@ -16,7 +16,6 @@ R = TypeVar("R")
 _ENOUGH = 8
 
 _asked: int | None = None
-_pool: Any = None
 
 
 def set_num_threads(limit: int | None) -> None:
@@ -50,7 +49,7 @@ def set_num_threads(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit!r}")
     _asked = limit
-    _forget()
+    _pool.cache_clear()
 
 
 def num_threads() -> int:
@@ -69,40 +68,32 @@ def _default() -> int:
     return min(cores, _ENOUGH)
 
 
-def _forget() -> None:
-    """Start a new pool when one is needed: after a fork, the child has none of its parent's threads."""
-    global _pool
-    _pool = None
+@lru_cache(1)
+def _pool() -> Any:
+    """The threads, made when they are first needed."""
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms, which `import gradclip` need not take
+
+    return ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="gradclip")
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):  # the child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def each(f: Callable[[T], R], jobs: Sequence[T], threads: int) -> list[R]:
     """`[f(job) for job in jobs]`, by so many threads. The caller works, too."""
-    global _pool
     threads = min(threads, len(jobs))
     if threads <= 1:
         return [f(job) for job in jobs]
-    pool = _pool
-    if pool is None:
-        from concurrent.futures import ThreadPoolExecutor  # 10 ms, which `import gradclip` need not take
-
-        pool = _pool = ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="gradclip")
-    todo = deque(enumerate(jobs))
+    todo = deque([*enumerate(jobs), *[None] * threads])  # each thread stops at a None
     out: list[R | None] = [None] * len(jobs)
 
     def work() -> None:
-        while True:
-            try:
-                i, job = todo.popleft()
-            except IndexError:
-                return
+        for i, job in iter(todo.popleft, None):
             out[i] = f(job)
 
     try:  # with the caller's context: NumPy keeps its error state there
-        others = [pool.submit(copy_context().run, work) for _ in range(threads - 1)]
+        others = [_pool().submit(copy_context().run, work) for _ in range(threads - 1)]
     except RuntimeError:  # the interpreter is shutting down
         others = []
     work()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,12 +55,10 @@ class Backend:
         """A float or 0-d array, in or beyond the range of `acc`; or a row of them, given as a list."""
         xp, wide = self.xp, acc == self.xp.float64
         if isinstance(value, list):
-            if not value:
-                return Scaled(xp.zeros((0,), dtype=acc, device=device), None)
             numbers = [self.number(x, acc, device) for x in value]
-            exponents = [xp.zeros_like(m) if e is None else e for m, e in numbers]
             plain = all(e is None for _, e in numbers)
-            return Scaled(xp.stack([m for m, _ in numbers]), None if plain else xp.stack(exponents))
+            exponents = None if plain else xp.stack([xp.zeros_like(m) if e is None else e for m, e in numbers])
+            return Scaled(xp.stack([m for m, _ in numbers]), exponents)
         if isinstance(value, int | float):
             subnormal = 0 < value < sys.float_info.min  # its reciprocal is beyond float64
             if wide and not subnormal:
@@ -68,15 +66,17 @@ class Backend:
             mantissa, exponent = host_split(float(value), RANGES["float64" if wide else "float32"].step)
             return Scaled(self._full(mantissa, acc, device), self._full(exponent, acc, device))
         with _on(device):
-            if array_api_compat.array_namespace(value) is not xp:
-                value = xp.asarray(value)
-            value = self.move(value, device)
-            if wide:
-                return Scaled(xp.astype(value, acc), None)
-            if dtype_name(value) != "float64":
-                return Scaled(xp.astype(value, acc), self._full(0.0, acc, device))
+            value = self._here(value, device)
+            if wide or dtype_name(value) != "float64":
+                return Scaled(xp.astype(value, acc), None if wide else self._full(0.0, acc, device))
             m, e = moderate(xp, value, RANGES["float32"].step)
             return Scaled(xp.astype(m, acc), xp.astype(e, acc))
+
+    def _here(self, x: Array, device: Any) -> Array:
+        """An array of any library as one of this, on that device."""
+        if array_api_compat.array_namespace(x) is not self.xp:
+            x = self.xp.asarray(x)
+        return self.move(x, device)
 
     def _full(self, value: float, dtype: Any, device: Any) -> Array:
         """A 0-d array that needs no copy from the host: the value rounded to `dtype`."""
@@ -125,7 +125,7 @@ class Backend:
             parts = (xp.astype(leaf, acc),)
         # In float64, what a plain sum of narrower elements loses cannot be seen in the result.
         total = xp.sum if acc == xp.float64 and not norm.binned else self._total
-        reduce = {"sum": total, "max": xp.max, "min": xp.min}[op]
+        reduce = total if op == "sum" else getattr(xp, op)
         nothing = self._full(identity(op), acc, device)
         return xp.stack([nothing if x is None else reduce(x) for x in norm.terms(xp, parts, seen)])
 
@@ -134,9 +134,7 @@ class Backend:
         if len(column) == 1:
             return column[0]
         table = self.xp.stack(column, axis=-1)
-        if op == "sum":
-            return self._total(table, -1)
-        return self.xp.max(table, axis=-1) if op == "max" else self.xp.min(table, axis=-1)
+        return self._total(table, -1) if op == "sum" else getattr(self.xp, op)(table, axis=-1)
 
     def _total(self, x: Array, axis: int | None = None) -> Array:
         """The sum of all elements, or along the last axis, exact to a few units in the last place.
@@ -235,9 +233,7 @@ class Backend:
     def _bound(self, value: Any, dtype: Any, device: Any) -> Array:
         if isinstance(value, int | float):
             return self._full(float(value), dtype, device)
-        if array_api_compat.array_namespace(value) is not self.xp:
-            value = self.xp.asarray(value)
-        return self.xp.astype(self.move(value, device), dtype)
+        return self.xp.astype(self._here(value, device), dtype)
 
     # -- around a call -------------------------------------------------------------------------------------
 
@@ -254,14 +250,14 @@ class Backend:
 
     def _census(self, leaf: Array) -> tuple[int, int]:
         """Counted in pieces, for the memory may be full."""
-        xp, counts = self.xp, [0, 0]
+        xp, nans, infs = self.xp, 0, 0
         with _on(array_api_compat.device(leaf)):
             for piece in _pieces(leaf):
                 nan = xp.isnan(piece)
                 inf = xp.logical_and(xp.isinf(piece), xp.logical_not(nan))
-                for k, mask in enumerate((nan, inf)):
-                    counts[k] += int(xp.sum(xp.astype(mask, xp.int32)))
-        return counts[0], counts[1]
+                nans += int(xp.sum(xp.astype(nan, xp.int32)))
+                infs += int(xp.sum(xp.astype(inf, xp.int32)))
+        return nans, infs
 
     def session(self, leaves: Sequence[Array], in_place: bool) -> AbstractContextManager[Any]:
         """What is open around a whole call: floating-point warnings are off, for the policy answers inf and NaN."""
@@ -269,14 +265,13 @@ class Backend:
         return nullcontext() if numpy is None else numpy.errstate(all="ignore")
 
 
-def _pieces(x: Array) -> Iterator[Array]:
+def _pieces(x: Array) -> list[Array]:
     """Views of at most _CHUNK elements, whatever the shape."""
     if math.prod(x.shape) <= _CHUNK:
-        yield x
-        return
-    n, rows = x.shape[0], _CHUNK // math.prod(x.shape[1:])
-    for i in range(0, n, max(1, rows)):
-        yield from (x[i : min(i + rows, n), ...],) if rows else _pieces(x[i, ...])
+        return [x]
+    half = x.shape[0] // 2
+    parts = [x[:half, ...], x[half:, ...]] if half else [x[0, ...]]
+    return [piece for part in parts for piece in _pieces(part)]
 
 
 def _on(device: Any) -> AbstractContextManager[Any]:

@@ -24,15 +24,13 @@ _JOIN = (np.add, np.maximum, np.minimum)
 
 
 def _merge(one: Any, two: Any, datatype: Any) -> None:
-    """What MPI calls to join messages, `two` in place. Where they disagree, NaN says so from then on."""
-    a = np.frombuffer(one, np.float64).reshape(-1, _WIDTH)
-    b = np.frombuffer(two, np.float64).reshape(-1, _WIDTH)
-    with np.errstate(all="ignore"):
-        for x, y in zip(a, b, strict=True):
-            agreed = x[:_START] == y[:_START]
-            if agreed.all():
-                y[_START:] = _JOIN[int(y[2])](x[_START:], y[_START:])
-            y[:_START][~agreed] = np.nan
+    """What MPI calls to join two messages, `two` in place. Where they disagree, NaN says so from then on."""
+    x, y = np.frombuffer(one, np.float64), np.frombuffer(two, np.float64)
+    agreed = x[:_START] == y[:_START]
+    if agreed.all():
+        with np.errstate(all="ignore"):
+            y[_START:] = _JOIN[int(y[2])](x[_START:], y[_START:])
+    y[:_START][~agreed] = np.nan
 
 
 @lru_cache
@@ -50,14 +48,9 @@ class Mpi(Ranks):
         if comm == MPI.COMM_NULL:
             raise ValueError("mpi got the null communicator: this rank is not in the group; it must not call the clip")
         if comm.Is_inter():
-            raise ValueError(
-                "mpi got an intercommunicator, whose Allreduce gives each side the other's sum: Merge() it"
-            )
-        super().__init__(comm, replicated)
+            raise ValueError("mpi got an intercommunicator: its Allreduce gives each side the other's sum; Merge() it")
+        super().__init__(comm, replicated, comm.Get_rank())
         self.gpu_aware = gpu_aware
-
-    def rank(self) -> int:
-        return int(self.comm.Get_rank())
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         xp = array_api_compat.array_namespace(partial)
@@ -75,7 +68,14 @@ class Mpi(Ranks):
             sent[_START:end] = mine.reshape(-1)
         kind, merge = _message()
         self.comm.Allreduce([sent, 1, kind], [got, 1, kind], op=merge)
-        self._check(sent, got, call)
+        split = [i for i in range(_START) if np.isnan(got[i])]
+        if split:  # on all ranks, for they all have the same `got`
+            policy = "'error'" if call.nonfinite == "error" else "another policy"
+            told = f"{call.norm_type:g}", policy, op, str(bits), call.groups
+            said = self.comm.allgather(", ".join(told[i] for i in split))
+            names = " and ".join(_AGREED[i] for i in split)
+            ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said[:16]))
+            raise ValueError(f"the ranks do not agree on {names}, and nothing was clipped: {ranks}")
         if end <= _WIDTH:
             joined = got[_START:end].reshape(mine.shape)
         else:  # all ranks have as many numbers to join, now that they agree
@@ -83,27 +83,8 @@ class Mpi(Ranks):
             self.comm.Allreduce(mine, joined, op=_MPI_OPS[op])
         return xp.asarray(joined, dtype=partial.dtype, device=array_api_compat.device(partial))
 
-    def _check(self, sent: Any, got: Any, call: Call) -> None:
-        """Raise on all ranks, or on none: they all have the same `got`."""
-        split = [i for i in range(_START) if np.isnan(got[i])]
-        if not split:
-            return
-        said = self.comm.allgather([_told(_AGREED[i], sent[i], call) for i in split])
-        names = " and ".join(_AGREED[i] for i in split)
-        ranks = "; ".join(f"rank {rank}: {', '.join(texts)}" for rank, texts in enumerate(said[:16]))
-        raise ValueError(f"the ranks do not agree on {names}, and nothing was clipped: {ranks}")
-
     def gather(self, text: str) -> list[str]:
         return list(self.comm.allgather(text))
-
-
-def _told(name: str, value: float, call: Call) -> str:
-    """What a rank tells of a thing that the ranks must agree on."""
-    if name == "nonfinite":
-        return "'error'" if value else "another policy"
-    if name == "groups":
-        return call.groups
-    return _OPS[int(value)] if name == "operation" else f"{value:g}"
 
 
 def _on_host(partial: Array) -> Any:

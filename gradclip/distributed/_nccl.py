@@ -25,10 +25,7 @@ class Nccl(Ranks):
         needed = ("allReduce", "allGather", "rank_id", "size", "device_id")
         if not all(callable(getattr(comm, name, None)) for name in needed):
             raise TypeError(f"nccl takes a cupy.cuda.nccl.NcclCommunicator, got {comm!r} of type {type(comm).__name__}")
-        super().__init__(comm, replicated)
-
-    def rank(self) -> int:
-        return int(self.comm.rank_id())
+        super().__init__(comm, replicated, comm.rank_id())
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         has_leaves = isinstance(partial, cupy.ndarray)

@@ -13,13 +13,8 @@ class Ranks(Engine):
 
     telling = "replicated"
 
-    def __init__(self, comm: Any, replicated: Tree) -> None:
-        self.comm = comm
-        self.told = replicated
-
-    def rank(self) -> int:
-        """The number of this rank."""
-        raise NotImplementedError
+    def __init__(self, comm: Any, replicated: Tree, rank: int) -> None:
+        self.comm, self.told, self.rank = comm, replicated, rank
 
     def kind(self, leaf: Leaf, told: Any) -> Hashable:
         if not isinstance(told, bool | None):
@@ -27,4 +22,4 @@ class Ranks(Engine):
         return bool(told)
 
     def counts(self, kind: Hashable, like: Array) -> bool:
-        return not kind or self.rank() == 0
+        return not kind or self.rank == 0
