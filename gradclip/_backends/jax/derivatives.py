@@ -32,18 +32,14 @@ FEW = 32
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def partials(one_pass: Callable[..., Array], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Seen:
+def partials(measure: Callable[..., Seen], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Seen:
     """The partial of every pass, joined."""
-    seen: Seen = ()
-    for op in norm.ops:
-        found = one_pass(leaves, seen, norm=norm, groups=groups)
-        seen += (found if join is None else join(found, op),)
-    return seen
+    return measure(leaves, norm, groups, join)
 
 
 @partials.defjvp
-def _partials_jvp(one_pass: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
-    joined = partials(one_pass, norm, groups, join, *primals)
+def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
+    joined = partials(measure, norm, groups, join, *primals)
     acc, count = joined[-1].dtype, joined[-1].shape[1]
     ends = finish(norm, tuple(x[:, :count] for x in joined))
     slopes: list[list[Array]] = [[jnp.zeros((), acc)] for _ in range(groups.count)]
@@ -80,26 +76,19 @@ def _finish_jvp(norm: Norm, primals: Any, tangents: Any) -> Any:
     return found, Scaled(tangents[0][-1][0], still)
 
 
+def _fenced(compute: Callable[..., Any], *args: Any) -> Any:
+    """`compute(*args)` on a condition, across which XLA's CPU compiler fuses nothing and merges nothing."""
+    number = jax.tree.leaves(args)[0].reshape(-1)[:1]
+    return lax.cond(jnp.all(number == number), compute, compute, *args)
+
+
 @jax.custom_jvp
 def divided(bound: Scaled, norm: Scaled) -> Factors:
-    """`quotient`."""
-
-    def at_once(bound: Scaled, norm: Scaled) -> Factors:
-        return quotient(jnp, bound, norm)
-
-    def on_condition(bound: Scaled, norm: Scaled) -> Factors:
-        """1 / 1 is not computed; and XLA fuses nothing across a condition.
-
-        Else its CPU compiler would compute the quotient again for every leaf: with 200 leaves, compiling took 1.9 s.
-        """
-        neither = jnp.logical_and(bound.mantissa == 1, norm.mantissa == 1)
-        for exponent in (bound.exponent, norm.exponent):
-            neither = neither if exponent is None else jnp.logical_and(neither, exponent == 0)
-        return lax.cond(jnp.all(neither), lambda b, n: Factors(b.mantissa, n.mantissa), at_once, bound, norm)
-
+    """`quotient`. XLA's CPU compiler would compute it again for every leaf: with 200 leaves, compiling took 1.9 s."""
+    at_once = partial(quotient, jnp)
     if norm.exponent is None and bound.exponent is None:
         return at_once(bound, norm)
-    return lax.platform_dependent(bound, norm, cpu=on_condition, default=at_once)
+    return lax.platform_dependent(bound, norm, cpu=partial(_fenced, at_once), default=at_once)
 
 
 @divided.defjvp
@@ -134,11 +123,10 @@ def split(x: Array) -> list[Array]:
         return [y for x in some for y in lax.split(x, [min(size, len(x) - i) for i in range(0, len(x), size)])]
 
     def in_blocks(x: Array) -> list[Array]:
-        first, some = x[(0,) * x.ndim], [x]
+        some = [x]
         for size in (1000, 100, 10):
             if size < len(x):
-                cut = partial(blocks, size=size)
-                some = lax.cond(first == first, cut, cut, some)
+                some = _fenced(partial(blocks, size=size), some)
         return blocks(some, 1)
 
     def at_once(x: Array) -> list[Array]:
@@ -156,8 +144,7 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
 
     def one_by_one(leaves: list[Array], *rows: Array) -> list[Array]:
         by = list(zip(*(lax.split(row, [1] * row.size) for row in map(jnp.ravel, rows)), strict=True))
-        base = groups.base if len(by) > 1 else [0] * len(leaves)
-        return [_scaled(leaf, *by[group]) for leaf, group in zip(leaves, base, strict=True)]
+        return [_scaled(leaf, *by[group % len(by)]) for leaf, group in zip(leaves, groups.base, strict=True)]
 
     def in_stacks(leaves: list[Array], *rows: Array) -> list[Array]:
         out = list(leaves)
