@@ -46,10 +46,12 @@ class JaxBackend(Backend):
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
         if isinstance(value, list) and all(isinstance(x, float) for x in value):
-            found = _NUMPY.number(value, acc, None)
+            row = np.asarray(value, np.float64)
+            subnormal = (row > 0) & (row < np.finfo(np.float64).tiny)
+            found = _NUMPY.number(value if subnormal.any() else row, acc, "cpu")
         else:
             found = super().number(value, acc, device)
-        return found if is_traced(*jax.tree.leaves(found)) else Scaled(*placed(tuple(found), device))
+        return found if is_traced(*jax.tree.leaves(found)) else placed(found, device)
 
     def _full(self, value: float, dtype: Any, device: Any) -> Array:
         return np.dtype(dtype).type(value)
@@ -127,7 +129,7 @@ def _held(x: Array) -> Array:
 
 
 _pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
-_NUMPY = Backend(np)
+_NUMPY = Backend(array_api_compat.array_namespace(np.zeros(())))
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
 _decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
