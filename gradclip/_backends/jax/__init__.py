@@ -36,8 +36,7 @@ class JaxBackend(Backend):
             x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x, x.dtype.newbyteorder("="))) for x in leaves
         ]
 
-    def accumulation(self, leaves: Sequence[Array]) -> Any:
-        return sums.accumulation(leaves)
+    accumulation = staticmethod(sums.accumulation)
 
     def move(self, x: Array, device: Any) -> Array:
         if device is None or is_traced(x) or devices(x) == getattr(device, "device_set", {device}):

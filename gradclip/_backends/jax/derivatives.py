@@ -81,7 +81,7 @@ def _fenced(compute: Callable[..., Any], *args: Any) -> Any:
 
 @jax.custom_jvp
 def divided(bound: Scaled, norm: Scaled) -> Factors:
-    """`quotient`. XLA's CPU compiler would compute it again for every leaf: with 200 leaves, compiling took 1.9 s."""
+    """`quotient`, fenced: else XLA's CPU compiler would compute it for every leaf, and took 1.9 s with 200 leaves."""
     at_once = partial(quotient, jnp)
     if norm.exponent is None and bound.exponent is None:
         return at_once(bound, norm)
@@ -166,26 +166,22 @@ def _scaled(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
     """Under a `jit` of its own it is traced once for all leaves of one type."""
     if keep.size == 1:
         keep, nothing, steps = jax.tree.map(lambda x: x.reshape(()), (keep, nothing, steps))
-    acc = np.result_type(steps[0].dtype, np.complex64 if jnp.iscomplexobj(leaf) else np.float32)
+    acc = np.result_type(leaf.dtype, steps[0].dtype)
     by_bits = leaf.dtype == jnp.bfloat16 and acc == jnp.float32
     product = _widened(leaf) if by_bits else leaf.astype(acc)
     for step in steps:
         product = product * step.astype(acc)
     product = product.astype(leaf.dtype)
     if by_bits:
-        product, leaf = _bits(product), _bits(leaf)
+        product, leaf = product.view(jnp.uint16), leaf.view(jnp.uint16)
     product = jnp.where(keep, leaf, product)
     product = jnp.where(nothing, jnp.zeros_like(product), product)
-    return lax.bitcast_convert_type(product, jnp.bfloat16) if by_bits else product
-
-
-def _bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, jnp.uint16)
+    return product.view(jnp.bfloat16) if by_bits else product
 
 
 def _widened(x: Array) -> Array:
     """bfloat16 as float32."""
-    return lax.bitcast_convert_type(_bits(x).astype(jnp.uint32) << np.uint32(16), jnp.float32)
+    return (x.view(jnp.uint16).astype(jnp.uint32) << np.uint32(16)).view(jnp.float32)
 
 
 @scaled.defjvp
@@ -198,7 +194,7 @@ def _scaled_jvp(groups: Groups, primals: Any, tangents: Any) -> Any:
         # Not by bits: this is linear in the tangents, and is transposed.
         straight = _XP._scaled(d_leaf, [entry(step, group) for step in absolute.steps])
         by = entry(relative.factor, group)
-        wide = np.result_type(by.dtype, np.complex64) if jnp.iscomplexobj(out) else by.dtype
+        wide = np.result_type(out.dtype, by.dtype)
         return straight + (out.astype(wide) * by.astype(wide)).astype(out.dtype)
 
     return outs, [slope(*these) for these in zip(outs, d_leaves, groups.base, strict=True)]
