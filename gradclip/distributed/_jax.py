@@ -6,7 +6,6 @@ from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from gradclip._backends.jax.arrays import varying
@@ -42,12 +41,10 @@ class Psum(Engine):
                 )
         return frozenset(self.axes) - over
 
-    def counts(self, kind: Hashable, like: Array) -> Any:
+    def counts(self, kind: Any, like: Array) -> Any:
         if not kind or not isinstance(like, jax.Array):
             return True
-        assert isinstance(kind, frozenset)
-        mine = [self._index(axis) == 0 for axis in sorted(kind)]
-        return mine[0] if len(mine) == 1 else jnp.all(jnp.stack(mine))
+        return sum(self._index(axis) for axis in sorted(kind)) == 0  # the first device on each axis
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         if not isinstance(partial, jax.Array):  # constants, which count once, are all that there is
@@ -55,7 +52,10 @@ class Psum(Engine):
         over = varying(partial)
         # Told to vary where JAX tracks that it does not: JAX takes all of the axes or none.
         missing = tuple(axis for axis in self.axes if axis in varying(self._index(axis)) and axis not in over)
-        return _COLLECTIVES[op](_cast(partial, missing) if missing else partial, self.axes)
+        if missing:  # JAX 0.8 calls it `pvary`
+            cast = hasattr(lax, "pcast")
+            partial = lax.pcast(partial, missing, to="varying") if cast else lax.pvary(partial, missing)
+        return _COLLECTIVES[op](partial, self.axes)
 
     def _index(self, axis: str) -> Array:
         """This device's index on an axis, which varies over that axis where JAX tracks it."""
@@ -69,9 +69,8 @@ class Psum(Engine):
 
     def _named(self, told: Any, path: str) -> frozenset[str]:
         """The axes that an entry of `varying` names: a name, a set of names, or a PartitionSpec."""
-        names: list[Any] = []
-        for part in [told] if isinstance(told, str) or not isinstance(told, Iterable) else told:
-            names += part if isinstance(part, tuple) else [] if part is None else [part]
+        several = isinstance(told, Iterable) and not isinstance(told, str)
+        names = jax.tree.leaves(tuple(told) if several else told)  # without None
         for name in names:
             if not isinstance(name, str):
                 raise TypeError(
@@ -80,8 +79,3 @@ class Psum(Engine):
             if name not in self.axes:
                 self._index(name)  # a misspelt name must not pass as "varies over nothing"
         return frozenset(names)
-
-
-def _cast(x: Array, axes: tuple[str, ...]) -> Array:
-    """The same value, typed as varying over these axes, too. JAX 0.8 calls it `pvary`."""
-    return lax.pcast(x, axes, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, axes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import array_api_compat
@@ -17,7 +16,6 @@ from gradclip._backends.generic import Backend
 from gradclip._backends.jax import derivatives, sums
 from gradclip._backends.jax.arrays import devices, is_traced, placed
 from gradclip._decide import Bounds, Verdict
-from gradclip._dtypes import COMPONENT_BITS, dtype_names
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
 from gradclip._scaled import Factors, Scaled
@@ -33,10 +31,12 @@ class JaxBackend(Backend):
             array_api_compat.array_namespace(jnp.zeros(()))
 
     def adopt(self, leaves: Sequence[Array]) -> list[Array]:
-        return [x if isinstance(x, jax.Array) else jnp.asarray(_native(x)) for x in leaves]
+        """JAX takes no array of NumPy's in a foreign byte order."""
+        return [
+            x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x, x.dtype.newbyteorder("="))) for x in leaves
+        ]
 
-    def accumulation(self, leaves: Sequence[Array]) -> Any:
-        return _accumulation(leaves)
+    accumulation = staticmethod(sums.accumulation)
 
     def move(self, x: Array, device: Any) -> Array:
         if device is None or is_traced(x) or devices(x) == getattr(device, "device_set", {device}):
@@ -44,14 +44,13 @@ class JaxBackend(Backend):
         return placed(x, device)
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
-        if not isinstance(value, list) or not all(isinstance(x, float) for x in value):
-            found = super().number(value, acc, device)
+        if isinstance(value, list) and all(isinstance(x, float) for x in value):
+            row = np.asarray(value, np.float64)
+            subnormal = (row > 0) & (row < np.finfo(np.float64).tiny)
+            found = _NUMPY.number(value if subnormal.any() else row, acc, "cpu")
         else:
-            numbers = [super(JaxBackend, self).number(x, acc, None) for x in value]
-            exponents = [0.0 if e is None else e for _, e in numbers]
-            row = np.asarray([m for m, _ in numbers], acc)
-            found = Scaled(row, np.asarray(exponents, acc) if any(exponents) else None)
-        return found if is_traced(*jax.tree.leaves(found)) else Scaled(*placed(tuple(found), device))
+            found = super().number(value, acc, device)
+        return found if is_traced(*jax.tree.leaves(found)) else placed(found, device)
 
     def _full(self, value: float, dtype: Any, device: Any) -> Array:
         return np.dtype(dtype).type(value)
@@ -61,21 +60,15 @@ class JaxBackend(Backend):
     def partials(
         self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array] | None
     ) -> Seen:
-        if _apart(leaves):
-            return derivatives.partials(self._spread, norm, groups, join, list(leaves))
-        run = _partials if join is None else derivatives.partials  # a caller's `all_reduce` may be any code
-        return run(_one_pass, norm, groups, join, list(leaves))
+        eager = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
+        run = derivatives.partials if eager else _partials
+        return run(super().partials, norm, groups, join, list(leaves))
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
-        return _one_pass(list(leaves), seen, norm=norm, groups=groups)
-
-    def _spread(self, leaves: Sequence[Array], seen: Seen, *, norm: Norm, groups: Groups) -> Array:
-        """One pass over leaves on several devices."""
-        return super().partial(leaves, norm, groups, seen)
+        return super().partial(leaves, norm, groups, seen) if _apart(leaves) else _pass(leaves, norm, groups, seen)
 
     def _contribution(self, leaf: Array, norm: Norm, acc: Any, seen: Seen) -> Array:
-        alone = Groups((0,), 1, (False,))
-        return _one_pass([leaf], tuple(x[:, None] for x in seen), norm=norm, groups=alone)[:, 0]
+        return _pass([leaf], norm, Groups((0,), 1, (False,)), tuple(x[:, None] for x in seen))[:, 0]
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -102,12 +95,8 @@ class JaxBackend(Backend):
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
         device = array_api_compat.device(leaf)
-
-        def bound(x: Any) -> Any:
-            found = self._bound(x, leaf.dtype, device)
-            return placed(found, device) if isinstance(found, np.generic) else found
-
-        return _clamp(leaf, None if low is None else bound(low), bound(high))
+        bounds = [x if x is None else self.move(self._bound(x, leaf.dtype, device), device) for x in (low, high)]
+        return _clamp(leaf, *bounds)
 
     def count_nonfinite(
         self, leaves: Sequence[Array], finite: Array, named: Callable[[int], str]
@@ -117,24 +106,12 @@ class JaxBackend(Backend):
             return super().count_nonfinite(held, finite, named)
         for i, x in enumerate(leaves):
             nan = jnp.sum(jnp.isnan(x))
-            inf = jnp.sum(jnp.isinf(x)) - jnp.sum(jnp.logical_and(jnp.isinf(x), jnp.isnan(x)))
+            inf = jnp.sum(jnp.logical_and(jnp.isinf(x), jnp.logical_not(jnp.isnan(x))))
             name = named(i).replace("{", "{{").replace("}", "}}")
             message = f"the gradients are not finite: {name} holds {{nan}} NaN, {{inf}} inf"
             checkify.check(nan + inf == 0, message, nan=nan, inf=inf)
         checkify.check(jnp.all(finite), "the gradients are not finite: a norm, norm= or divide_by= is not")
         return None
-
-
-def _accumulation(leaves: Sequence[Array]) -> Any:
-    """As wide as the leaves: float64 costs where it is not needed."""
-    wide = any(COMPONENT_BITS[name] == 64 for name in dtype_names(leaves))
-    return jnp.float64 if wide else jnp.float32
-
-
-def _native(x: Any) -> Any:
-    """In this machine's byte order."""
-    foreign = isinstance(x, np.ndarray | np.generic) and not x.dtype.isnative
-    return x.astype(x.dtype.newbyteorder("=")) if foreign else x
 
 
 def _apart(arrays: Sequence[Array]) -> bool:
@@ -150,11 +127,8 @@ def _held(x: Array) -> Array:
     return x
 
 
-@partial(jax.jit, static_argnames=("norm", "groups"), inline=True)
-def _one_pass(leaves: list[Array], seen: Seen, *, norm: Norm, groups: Groups) -> Array:
-    return sums.partial(leaves, norm, groups, _accumulation(leaves), seen)
-
-
+_pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
+_NUMPY = Backend(array_api_compat.array_namespace(np.zeros(())))
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
 _decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)

@@ -27,10 +27,8 @@ def may_be_sharded(x: Array) -> bool:
 
     The gradients of arrays on a mesh have such types; only `in_shardings` for arrays from elsewhere leave no trace.
     """
-    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    if mesh is None or mesh.empty or mesh.size == 1:
-        return False
-    return any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.size > 1 and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
 
 
 def devices(x: Array) -> frozenset[Any] | None:

@@ -32,38 +32,32 @@ FEW = 32
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def partials(one_pass: Callable[..., Array], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Seen:
+def partials(measure: Callable[..., Seen], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Seen:
     """The partial of every pass, joined."""
-    seen: Seen = ()
-    for op in norm.ops:
-        found = one_pass(leaves, seen, norm=norm, groups=groups)
-        seen += (found if join is None else join(found, op),)
-    return seen
+    return measure(leaves, norm, groups, join)
 
 
 @partials.defjvp
-def _partials_jvp(one_pass: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
-    joined = partials(one_pass, norm, groups, join, *primals)
+def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
+    joined = partials(measure, norm, groups, join, *primals)
     acc, count = joined[-1].dtype, joined[-1].shape[1]
     ends = finish(norm, tuple(x[:, :count] for x in joined))
-    slopes: list[list[Array]] = [[jnp.zeros((), acc)] for _ in range(groups.count)]
-    ties: list[list[Array]] = [[jnp.zeros((), acc)] for _ in range(groups.count)]
+    slopes, ties = [], []
     for leaf, tangent, group in zip(*primals, *tangents, groups.base, strict=True):
-        if 0 in leaf.shape:
-            continue
         end = jax.tree.map(lambda x, i=group % count: x[i], ends)
         u, weight = norm.direction(jnp, sums.parts(leaf, acc), end)
         # Linear in the tangent: this can be transposed.
-        slopes[group] += [jnp.sum(a * dg) for a, dg in zip(u, sums.parts(tangent, acc), strict=True)]
-        ties[group] += [] if weight is None else [jnp.sum(weight)]
-    kinds = [slopes, ties] if any(len(x) > 1 for x in ties) else [slopes]
-    tables = [jnp.stack([jnp.sum(jnp.stack(x)) for x in some])[None] for some in kinds]
-    if join is not None:
-        tables = [join(table, "sum") for table in tables]
-    # Several elements that share the extreme magnitude get a part each.
-    slope, *shared = (table[0, :count] for table in tables)
-    slope = ends.over(jnp, slope / jnp.maximum(shared[0], 1) if shared else slope)
-    last = jnp.concatenate([slope[None], jnp.zeros_like(joined[-1][1:])])
+        slopes.append(sum(jnp.sum(a * dg) for a, dg in zip(u, sums.parts(tangent, acc), strict=True)))
+        ties += [] if weight is None else [jnp.sum(weight)]
+
+    def total(each: list[Any]) -> Array:
+        row = sums.joined([jnp.stack(each)], list(groups.base), groups.count, "sum", limit=0)
+        return (row if join is None else join(row[None], "sum")[0])[:count]
+
+    slope = total(slopes)
+    if ties:  # several elements that share the extreme magnitude get a part each
+        slope = slope / jnp.maximum(total(ties), 1)
+    last = jnp.concatenate([ends.over(jnp, slope)[None], jnp.zeros_like(joined[-1][1:])])
     return joined, (*map(jnp.zeros_like, joined[:-1]), last)
 
 
@@ -76,30 +70,22 @@ def finish(norm: Norm, joined: Seen) -> Scaled:
 @finish.defjvp
 def _finish_jvp(norm: Norm, primals: Any, tangents: Any) -> Any:
     found = finish(norm, *primals)
-    still = None if found.exponent is None else jnp.zeros_like(found.exponent)
-    return found, Scaled(tangents[0][-1][0], still)
+    return found, jax.tree.map(jnp.zeros_like, found)._replace(mantissa=tangents[0][-1][0])
+
+
+def _fenced(compute: Callable[..., Any], *args: Any) -> Any:
+    """`compute(*args)` on a condition, across which XLA's CPU compiler fuses nothing and merges nothing."""
+    number = jax.tree.leaves(args)[0].reshape(-1)[:1]
+    return lax.cond(jnp.all(number == number), compute, compute, *args)
 
 
 @jax.custom_jvp
 def divided(bound: Scaled, norm: Scaled) -> Factors:
-    """`quotient`."""
-
-    def at_once(bound: Scaled, norm: Scaled) -> Factors:
-        return quotient(jnp, bound, norm)
-
-    def on_condition(bound: Scaled, norm: Scaled) -> Factors:
-        """1 / 1 is not computed; and XLA fuses nothing across a condition.
-
-        Else its CPU compiler would compute the quotient again for every leaf: with 200 leaves, compiling took 1.9 s.
-        """
-        neither = jnp.logical_and(bound.mantissa == 1, norm.mantissa == 1)
-        for exponent in (bound.exponent, norm.exponent):
-            neither = neither if exponent is None else jnp.logical_and(neither, exponent == 0)
-        return lax.cond(jnp.all(neither), lambda b, n: Factors(b.mantissa, n.mantissa), at_once, bound, norm)
-
+    """`quotient`, fenced: else XLA's CPU compiler would compute it for every leaf, and took 1.9 s with 200 leaves."""
+    at_once = partial(quotient, jnp)
     if norm.exponent is None and bound.exponent is None:
         return at_once(bound, norm)
-    return lax.platform_dependent(bound, norm, cpu=on_condition, default=at_once)
+    return lax.platform_dependent(bound, norm, cpu=partial(_fenced, at_once), default=at_once)
 
 
 @divided.defjvp
@@ -107,8 +93,8 @@ def _divided_jvp(primals: Any, tangents: Any) -> Any:
     (bound, norm), (d_bound, d_norm) = primals, tangents
     factors = divided(bound, norm)
     by_bound = d_bound.mantissa / jnp.where(bound.mantissa == 0, jnp.full_like(bound.mantissa, jnp.inf), bound.mantissa)
-    still = None if factors.shift is None else jnp.zeros_like(factors.shift)
-    return factors, Factors(by_bound - d_norm.mantissa / norm.mantissa, still)
+    relative = by_bound - d_norm.mantissa / norm.mantissa
+    return factors, jax.tree.map(jnp.zeros_like, factors)._replace(factor=relative)
 
 
 @jax.custom_jvp
@@ -133,18 +119,15 @@ def split(x: Array) -> list[Array]:
     def blocks(some: list[Array], size: int) -> list[Array]:
         return [y for x in some for y in lax.split(x, [min(size, len(x) - i) for i in range(0, len(x), size)])]
 
-    def in_blocks(x: Array) -> list[Array]:
-        first, some = x[(0,) * x.ndim], [x]
+    def in_blocks(some: list[Array]) -> list[Array]:
         for size in (1000, 100, 10):
             if size < len(x):
-                cut = partial(blocks, size=size)
-                some = lax.cond(first == first, cut, cut, some)
+                some = _fenced(partial(blocks, size=size), some)
         return blocks(some, 1)
 
-    def at_once(x: Array) -> list[Array]:
+    if len(x) <= FEW:
         return blocks([x], 1)
-
-    return at_once(x) if len(x) <= FEW else lax.platform_dependent(x, cpu=in_blocks, default=at_once)
+    return lax.platform_dependent([x], cpu=in_blocks, default=partial(blocks, size=1))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -156,16 +139,14 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
 
     def one_by_one(leaves: list[Array], *rows: Array) -> list[Array]:
         by = list(zip(*(lax.split(row, [1] * row.size) for row in map(jnp.ravel, rows)), strict=True))
-        base = groups.base if len(by) > 1 else [0] * len(leaves)
-        return [_scaled(leaf, *by[group]) for leaf, group in zip(leaves, base, strict=True)]
+        return [_scaled(leaf, *by[group % len(by)]) for leaf, group in zip(leaves, groups.base, strict=True)]
 
     def in_stacks(leaves: list[Array], *rows: Array) -> list[Array]:
         out = list(leaves)
         for some in sums.stacks(leaves):
             x = jnp.stack([leaves[i].reshape(-1) for i in some])
-            index = [groups.base[i] for i in some]
-            by = rows if index == list(range(groups.count)) else [row[np.array(index)] for row in rows]
-            new = split(_scaled(x, *(row[:, None] for row in by)))
+            index = np.array([groups.base[i] for i in some])
+            new = split(_scaled(x, *(row[index, None] for row in rows)))
             for i, leaf in zip(some, new, strict=True):
                 out[i] = leaf.reshape(leaves[i].shape)
         return out
@@ -185,29 +166,22 @@ def _scaled(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
     """Under a `jit` of its own it is traced once for all leaves of one type."""
     if keep.size == 1:
         keep, nothing, steps = jax.tree.map(lambda x: x.reshape(()), (keep, nothing, steps))
-    acc = steps[0].dtype
+    acc = np.result_type(leaf.dtype, steps[0].dtype)
     by_bits = leaf.dtype == jnp.bfloat16 and acc == jnp.float32
-    if jnp.iscomplexobj(leaf):
-        acc = np.result_type(acc, np.complex64)
     product = _widened(leaf) if by_bits else leaf.astype(acc)
     for step in steps:
         product = product * step.astype(acc)
     product = product.astype(leaf.dtype)
     if by_bits:
-        product, leaf = _bits(product), _bits(leaf)
+        product, leaf = product.view(jnp.uint16), leaf.view(jnp.uint16)
     product = jnp.where(keep, leaf, product)
     product = jnp.where(nothing, jnp.zeros_like(product), product)
-    return lax.bitcast_convert_type(product, jnp.bfloat16) if by_bits else product
-
-
-def _bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, jnp.uint16)
+    return product.view(jnp.bfloat16) if by_bits else product
 
 
 def _widened(x: Array) -> Array:
     """bfloat16 as float32."""
-    wide = _bits(x).astype(jnp.uint32)
-    return lax.bitcast_convert_type(lax.shift_left(wide, lax.full_like(wide, 16)), jnp.float32)
+    return (x.view(jnp.uint16).astype(jnp.uint32) << np.uint32(16)).view(jnp.float32)
 
 
 @scaled.defjvp
@@ -220,7 +194,7 @@ def _scaled_jvp(groups: Groups, primals: Any, tangents: Any) -> Any:
         # Not by bits: this is linear in the tangents, and is transposed.
         straight = _XP._scaled(d_leaf, [entry(step, group) for step in absolute.steps])
         by = entry(relative.factor, group)
-        wide = np.result_type(by.dtype, np.complex64) if jnp.iscomplexobj(out) else by.dtype
+        wide = np.result_type(out.dtype, by.dtype)
         return straight + (out.astype(wide) * by.astype(wide)).astype(out.dtype)
 
     return outs, [slope(*these) for these in zip(outs, d_leaves, groups.base, strict=True)]
