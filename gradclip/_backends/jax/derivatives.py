@@ -149,12 +149,12 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
         return [_scaled(leaf, *by[group % len(by)]) for leaf, group in zip(leaves, groups.base, strict=True)]
 
     def in_stacks(leaves: list[Array], *rows: Array) -> list[Array]:
-        out = list(leaves)
-        for some in sums.stacks(leaves):
+        out, stacks = list(leaves), sums.stacks(leaves)
+        order = np.array([groups.base[i] for some in stacks for i in some])
+        by = zip(*(lax.split(row[order, None], list(map(len, stacks))) for row in rows), strict=True)
+        for some, these in zip(stacks, by, strict=True):
             x = jnp.stack([leaves[i].reshape(-1) for i in some])
-            index = np.array([groups.base[i] for i in some])
-            new = split(_scaled(x, *(row[index, None] for row in rows)))
-            for i, leaf in zip(some, new, strict=True):
+            for i, leaf in zip(some, split(_scaled(x, *these)), strict=True):
                 out[i] = leaf.reshape(leaves[i].shape)
         return out
 
