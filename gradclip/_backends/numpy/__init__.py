@@ -32,6 +32,7 @@ R = TypeVar("R")
 
 #: Leaves up to here are strung together, so that a norm costs one pass of 0.1 us an element and not 2 us a leaf.
 _SMALL = 1 << 13
+_LITTLE = padded(_SMALL)
 
 #: What one thread takes at once, in elements. A second one pays for no fewer.
 _BLOCK = 1 << 20
@@ -76,17 +77,24 @@ class NumpyBackend(Backend):
         if not isinstance(norm, TwoNorm):
             return super().partial(leaves, norm, groups, seen)
         jobs = _jobs(leaves, groups)
-        sums: list[list[float]] = [[] for _ in range(groups.count)]
+        owners: list[int] = []
+        sums: list[float] = []
         columns: dict[int, list[Array]] = defaultdict(list)
         for job, found in zip(jobs, _shared(_sums, jobs, leaves, "float16", "bfloat16"), strict=True):
-            for i, (group, s) in enumerate(zip(job.groups, found, strict=False)):
-                if s == s:
-                    sums[group].append(s)
-                else:
-                    again = job.arrays if len(found) == 1 else [job.arrays[i]]
-                    columns[group] += [self._contribution(x, norm, np.float64, seen) for x in again]
+            for i in [i for i, s in enumerate(found) if s != s]:
+                again = job.arrays if len(found) == 1 else [job.arrays[i]]
+                columns[job.groups[i]] += [self._contribution(x, norm, np.float64, seen) for x in again]
+                found[i] = 0.0
+            owners += job.groups[: len(found)]
+            sums += found
         out = np.zeros((3, groups.count))
-        out[1] = list(map(math.fsum, sums))
+        if len(set(owners)) == len(owners):
+            out[1, owners] = sums
+        else:
+            known: list[list[float]] = [[] for _ in range(groups.count)]
+            for group, s in zip(owners, sums, strict=True):
+                known[group].append(s)
+            out[1] = list(map(math.fsum, known))
         for group, column in columns.items():
             out[:, group] = self._joined([out[:, group], *column], "sum")
         return out
@@ -110,21 +118,24 @@ class NumpyBackend(Backend):
     def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
         if groups.count == 1:
             return [np.asarray(norm, np.float64 if wide else np.float32)]
-        each = zip(*(np.broadcast_to(x, groups.count).tolist() for x in (norm, wide)), strict=True)
-        return [np.asarray(x, np.float64 if wide else np.float32) for x, wide in each]
+        row = np.broadcast_to(norm, groups.count).astype(np.float64)
+        narrow, flags = row.astype(np.float32), np.broadcast_to(wide, groups.count).tolist()
+        return [(row if wide else narrow)[i, ...] for i, wide in enumerate(flags)]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        shift = 1.0 if factors.shift is None else factors.shift
-        steps = list(map(_steps, _each(factors.factor, groups.count), _each(shift, groups.count)))
+        factor = _each(factors.factor, groups.count)
+        shift = _each(1.0 if factors.shift is None else factors.shift, groups.count)
+        steps = list(map(_steps, factor.tolist(), shift.tolist()))
         if not any(steps):
             return leaves
         if in_place and _overlap(leaves):
             return super().scale(leaves, factors, groups, in_place)  # what two share is scaled once, from what it was
         # 0-d arrays: to multiply by one takes 0.4 us for 1,024 elements, by a number 0.6.
-        exact = [np.asarray(x[0]) if len(x) == 1 else None for x in steps]
-        single = [None if x is None or w else x.astype(np.float32) for x, w in zip(exact, groups.wide, strict=True)]
+        narrow = factor.astype(np.float32)
+        exact = [factor[i, ...] if len(x) == 1 else None for i, x in enumerate(steps)]
+        single = [None if exact[i] is None or wide else narrow[i, ...] for i, wide in enumerate(groups.wide)]
         own: dict[Any, list[Any]] = {_SINGLE: single, _DOUBLE: exact, _COMPLEX: exact}  # dtypes that are multiplied in
         nothing = [None] * groups.count
         outs = list(leaves)
@@ -205,7 +216,7 @@ def _jobs(leaves: Sequence[Array], groups: Groups) -> list[_Job]:
             job.arrays.append(leaf)
             job.groups.append(group)
             job.room -= padded(n) if apart else n
-            if job.room < padded(_SMALL):
+            if job.room < _LITTLE:
                 jobs.append(is_open.pop(key))
     return jobs + list(is_open.values())
 
@@ -218,10 +229,10 @@ def _sums(job: _Job) -> list[float]:
     return [squares(block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("=")), job.wide)]
 
 
-def _each(row: Any, n: int) -> list[float]:
+def _each(row: Any, n: int) -> Array:
     """The numbers of n groups, from a row or from one number for all."""
-    values: list[float] = np.asarray(row).reshape(-1).tolist()
-    return values * n if len(values) == 1 else values
+    values = np.asarray(row, np.float64).reshape(-1)
+    return values if len(values) == n else np.repeat(values, n)
 
 
 def _steps(factor: float, shift: float) -> Sequence[float]:
