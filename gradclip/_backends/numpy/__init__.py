@@ -118,8 +118,8 @@ class NumpyBackend(Backend):
     def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
         if groups.count == 1:
             return [np.asarray(norm, np.float64 if wide else np.float32)]
-        row = np.broadcast_to(norm, groups.count).astype(np.float64)
-        narrow, flags = row.astype(np.float32), np.broadcast_to(wide, groups.count).tolist()
+        row = norm + np.zeros(groups.count)
+        narrow, flags = row.astype(np.float32), (wide | np.zeros(groups.count, bool)).tolist()
         return [(row if wide else narrow)[i, ...] for i, wide in enumerate(flags)]
 
     # -- clipping ------------------------------------------------------------------------------------------

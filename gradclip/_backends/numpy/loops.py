@@ -81,8 +81,9 @@ def squares_of_each(arrays: list[Array], wide: bool) -> list[float]:
         pieces = [piece for x, n in zip(arrays, rest.tolist(), strict=True) for piece in (x, zeros[:n])]
     block = _widened(_real(np.concatenate(pieces, axis=None, dtype=dtype)), wide)
     sums = _of_rows(block)
-    ends = np.cumsum(sizes + rest)
-    each = np.add.reduceat(sums, np.append(0, ends[:-1] * sums.size // ends[-1]))
+    whole = sizes + rest
+    ends = np.cumsum(whole)
+    each = np.add.reduceat(sums, (ends - whole) * sums.size // ends[-1])
     safe = _SAFE_DOUBLE if dtype.char in "dD" else _SAFE
     for i in np.flatnonzero(~_is_safe(each, sizes, safe)):
         each[i] = _trusted(float(each[i]), arrays[i], safe)
