@@ -76,7 +76,9 @@ def _finish_jvp(norm: Norm, primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def divided(bound: Scaled, norm: Scaled) -> Factors:
     """`quotient`."""
-    at_once = partial(quotient, jnp)
+
+    def at_once(bound: Scaled, norm: Scaled) -> Factors:
+        return quotient(jnp, bound, norm)
 
     def on_condition(bound: Scaled, norm: Scaled) -> Factors:
         """1 / 1 is not computed; and XLA fuses nothing across a condition.
