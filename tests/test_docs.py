@@ -146,7 +146,7 @@ def test_pages(name):
         jax = pytest.importorskip("jax", reason=f"docs/{name} needs jax")
         if len(jax.devices()) < 4:
             pytest.skip(f"docs/{name} needs 4 devices")
-    run_markdown(text, f"docs/{name}")
+    assert run_markdown(text, f"docs/{name}") == sum(b.language in ("python", "py", "pycon") for b in blocks(text))
 
 
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in PAGES)])

@@ -250,6 +250,9 @@ def test_mistakes(mesh: Any) -> None:
         over(mesh, lambda g: gradclip.global_norm(g, all_reduce=psum(AXES, "modle")))(grads)
     with pytest.raises(TypeError, match=r"varying says 3 of grads\['none'\]: it must be an axis name"):
         over(mesh, lambda g: gradclip.global_norm(g, all_reduce=psum(AXES, {**SPECS, "none": 3})))(grads)
+    nested = {**SPECS, "none": {("data", ("model",))}}
+    with pytest.raises(TypeError, match=r"varying says .* of grads\['none'\]: it must be an axis name"):
+        over(mesh, lambda g: gradclip.global_norm(g, all_reduce=psum(AXES, nested)))(grads)
     with pytest.raises(ValueError, match="varying does not match the gradients there"):
         over(mesh, lambda g: gradclip.global_norm(g, all_reduce=psum(AXES, {"w": P()})))(grads)
     for axes in ((), ("a", "a"), 3.0, ("a", 1)):

@@ -31,7 +31,8 @@ class Backend:
     """The work on arrays of the library whose array-API namespace is `xp`. Its public methods are all that is asked."""
 
     def __init__(self, xp: Namespace) -> None:
-        self.xp = self._xp_of_numbers = xp
+        self.xp = xp
+        self._xp_of_numbers = xp  # where the policy of one group is run, on 0-d numbers
 
     # -- arrays and numbers --------------------------------------------------------------------------------
 

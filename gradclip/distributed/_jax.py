@@ -69,8 +69,9 @@ class Psum(Engine):
 
     def _named(self, told: Any, path: str) -> frozenset[str]:
         """The axes that an entry of `varying` names: a name, a set of names, or a PartitionSpec."""
-        several = isinstance(told, Iterable) and not isinstance(told, str)
-        names = jax.tree.leaves(tuple(told) if several else told)  # without None
+        names: list[Any] = []
+        for part in [told] if isinstance(told, str) or not isinstance(told, Iterable) else told:
+            names += part if isinstance(part, tuple) else [] if part is None else [part]
         for name in names:
             if not isinstance(name, str):
                 raise TypeError(

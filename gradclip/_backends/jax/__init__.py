@@ -18,7 +18,7 @@ from gradclip._backends.jax.arrays import devices, is_traced, placed
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
-from gradclip._scaled import Factors, Scaled
+from gradclip._scaled import RANGES, Factors, Scaled, host_split
 from gradclip._types import Array, Namespace, Nonfinite, ReduceOp
 
 
@@ -44,10 +44,10 @@ class JaxBackend(Backend):
         return placed(x, device)
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
-        if isinstance(value, list) and all(isinstance(x, float) for x in value):
-            row = np.asarray(value, np.float64)
-            subnormal = (row > 0) & (row < np.finfo(np.float64).tiny)
-            found = _NUMPY.number(value if subnormal.any() else row, acc, "cpu")
+        if isinstance(value, list) and all(isinstance(x, float) for x in value):  # one copy to the device, not one each
+            step = RANGES[np.dtype(acc).name].step
+            mantissas, exponents = np.array([host_split(x, step) for x in value], acc).T
+            found = Scaled(mantissas, exponents if exponents.any() else None)
         else:
             found = super().number(value, acc, device)
         return found if is_traced(*jax.tree.leaves(found)) else placed(found, device)
@@ -128,7 +128,6 @@ def _held(x: Array) -> Array:
 
 
 _pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
-_NUMPY = Backend(array_api_compat.array_namespace(np.zeros(())))
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
 _decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
