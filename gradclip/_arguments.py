@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 
+import array_api_compat
+
 from gradclip._groups import Grouped
 from gradclip._libraries import host_number, is_real, library, on_host
 from gradclip._tree import Flat, is_container, lasting
@@ -15,15 +17,15 @@ from gradclip._types import AllReduce, Nonfinite, Scalar
 _POLICIES = get_args(Nonfinite)
 
 
-def norm_type(p: Any) -> float:
-    """p of the p-norm. PyTorch's strings 'inf' and '-inf' are understood."""
-    if isinstance(p, str) and p in ("inf", "-inf"):
-        return float(p)
+def norm_type(p: Any) -> float | str:
+    """p of the p-norm, or "rms". PyTorch's strings 'inf' and '-inf' are understood."""
+    if isinstance(p, str) and p in ("inf", "-inf", "rms"):
+        return p if p == "rms" else float(p)
     value = host_number(p)
     if value is None:
         raise TypeError(
             f"norm_type must be a real number known before tracing, got {p!r} of type {type(p).__name__}: "
-            "pass 1, 2, 3.5, float('inf'), ..."
+            "pass 1, 2, 3.5, float('inf'), ..., or 'rms'"
         )
     if math.isnan(value):
         raise ValueError("norm_type must be a real number or inf, got nan")
@@ -60,12 +62,38 @@ def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True
 
 
 def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> Scalar | list[Scalar]:
-    """One bound for all groups, or one for each, given in the form in which their norms come back."""
+    """One bound for all groups; or, given in the form in which their norms come back, those of one group after another:
+    numbers and 0-d arrays, and arrays of several in a row.
+    """
     value = lasting(value, name) if isinstance(value, Iterator) else value
-    if not is_container(value):
+    if not is_container(value) and not getattr(value, "ndim", 0):
         return scalar(name, value, finite=finite)
-    each = [scalar(path, entry, finite=finite) for path, entry in grouped.entries(value, name)]
-    return each[0] if len(each) == 1 else each or 0.0  # without groups any number will do
+    blocks = zip(grouped.entries(value, name), grouped.groups.shapes, strict=True)
+    each = [bound for (path, entry), shape in blocks for bound in _row(path, entry, shape, finite)]
+    return each[0] if grouped.groups.count == len(each) == 1 else each or 0.0  # without groups any number will do
+
+
+def _row(path: str, value: Any, shape: tuple[int, ...], finite: bool) -> list[Scalar]:
+    """The bounds of one block, given as one for all, or an array that broadcasts to their norms."""
+    several = getattr(value, "ndim", 0) > 0
+    if not shape or not several:
+        value = scalar(path, value, finite=finite)
+        if isinstance(value, float):
+            return [value] * math.prod(shape)
+    elif library(value) is None or not is_real(value):
+        raise TypeError(f"{path} must be numbers >= 0, got {value!r} of type {type(value).__name__}")
+    elif not _broadcasts(tuple(value.shape), shape):
+        raise ValueError(
+            f"{path} has shape {tuple(value.shape)}, which does not broadcast to that of the norms, {shape}"
+        )
+    if on_host(value):
+        numbers = [float(x) for x in value.reshape(-1).tolist()]
+        bad = [x for x in numbers if x < 0 or (finite and math.isnan(x))]
+        if bad:
+            raise ValueError(f"{path} must be numbers >= 0, got {bad[0]!r} among them")
+    xp = array_api_compat.array_namespace(value)
+    row = xp.reshape(xp.broadcast_to(value, shape), (-1,)) if shape else value
+    return [float(x) for x in row.tolist()] if on_host(value) else [row]
 
 
 def all_reduce(given: Any) -> AllReduce | None:

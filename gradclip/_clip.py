@@ -2,33 +2,25 @@
 
     tree -> leaves, groups -> partials -> (other shards) -> norms -> decision -> leaves -> tree
 
-`_given` checks what came (`_leaves`, `_groups`, `_arguments`), a backend makes the partials of a norm (`_norms`),
-`_shards` joins them with others, `_decide` is the policy, and the backend scales the leaves.
+`given` checks what came (`_leaves`, `_groups`, `_arguments`), `settled` lets a backend make the partials of a norm
+(`_norms`), `_shards` join them with others, and `_decide` say what is to be done; then the backend scales the leaves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
-
-import array_api_compat
+from typing import Any, TypeVar
 
 from gradclip import _arguments
-from gradclip._backends.generic import Backend
-from gradclip._decide import Bounds, Verdict
-from gradclip._dtypes import dtype_name, fits
-from gradclip._groups import Grouped, grouped
-from gradclip._leaves import active, backend_for, refuse_unwritable
-from gradclip._nonfinite import raise_if_bad
-from gradclip._norms import Norm, norm_for
-from gradclip._shards import Shards
-from gradclip._types import AllReduce, Array, Call, Clipped, Nonfinite, Per, Scalar, Tree
+from gradclip._call import given, settled
+from gradclip._decide import Bounds
+from gradclip._leaves import refuse_unwritable
+from gradclip._types import AllReduce, Array, Clipped, Nonfinite, NormType, Per, Scalar, Tree
 
 T = TypeVar("T")
 
 
-def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | None = None) -> Array:
+def global_norm(grads: Tree, norm_type: NormType = 2.0, *, all_reduce: AllReduce | None = None) -> Array:
     r"""Return the p-norm of all leaves taken together as one vector.
 
     .. math:: \|g\|_p = \Big(\sum_i \sum_j |g_{ij}|^p\Big)^{1/p}
@@ -73,7 +65,7 @@ def global_norm(grads: Tree, norm_type: float = 2.0, *, all_reduce: AllReduce | 
     return norms(grads, norm_type, per=None, all_reduce=all_reduce)
 
 
-def norms(grads: Tree, norm_type: float = 2.0, *, per: Per = "leaf", all_reduce: AllReduce | None = None) -> Any:
+def norms(grads: Tree, norm_type: NormType = 2.0, *, per: Per = "leaf", all_reduce: AllReduce | None = None) -> Any:
     r"""Return the p-norm of every group of elements, all in one pass.
 
     .. math:: \|g_k\|_p = \Big(\sum_{i \in k} |g_i|^p\Big)^{1/p} \text{ for every group } k
@@ -113,15 +105,15 @@ def norms(grads: Tree, norm_type: float = 2.0, *, per: Per = "leaf", all_reduce:
     >>> float(norms(grads, per={"w": "all", "b": "all"})["all"])
     13.0
     """
-    given = _given(grads, norm_type, per, Bounds(math.inf), "propagate", all_reduce)
-    with given.backend.session(given.leaves, in_place=False):
-        return given.grouped.norms(_settled(given).norms)
+    call = given(grads, norm_type, per, Bounds(math.inf), "propagate", all_reduce)
+    with call.backend.session(call.leaves, in_place=False):
+        return call.grouped.norms(settled(call).norms)
 
 
 def clip_grad_norm(
     grads: T,
     max_norm: Scalar,
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     *,
     per: Per = None,
     nonfinite: Nonfinite = "propagate",
@@ -183,17 +175,17 @@ def clip_grad_norm(
     >>> grads, float(norm)
     ({'w': array([3., 4.]), 'b': None}, 10.0)
     """
-    given = _given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
-    with given.backend.session(given.leaves, in_place=False):
-        verdict = _settled(given)
-        leaves = given.backend.scale(given.leaves, verdict.factors, given.grouped.groups, in_place=False)
-        return Clipped(given.grouped.flat.rebuild(list(leaves)), given.grouped.norms(verdict.norms))
+    call = given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
+    with call.backend.session(call.leaves, in_place=False):
+        verdict = settled(call)
+        leaves = call.backend.scale(call.leaves, verdict.factors, call.groups, in_place=False)
+        return Clipped(call.grouped.flat.rebuild(list(leaves)), call.grouped.norms(verdict.norms))
 
 
 def clip_grad_norm_(
     grads: Tree,
     max_norm: Scalar,
-    norm_type: float = 2.0,
+    norm_type: NormType = 2.0,
     error_if_nonfinite: bool = False,
     *,
     per: Per = None,
@@ -230,65 +222,9 @@ def clip_grad_norm_(
         if nonfinite not in ("propagate", "error"):
             raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
         nonfinite = "error"
-    given = _given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
-    refuse_unwritable(given.grouped.flat, "clip_grad_norm")
-    with given.backend.session(given.leaves, in_place=True):
-        verdict = _settled(given)
-        given.backend.scale(given.leaves, verdict.factors, given.grouped.groups, in_place=True)
-        return given.grouped.norms(verdict.norms)
-
-
-class _Given(NamedTuple):
-    """What a verb was given, checked."""
-
-    grouped: Grouped
-    backend: Backend
-    leaves: Sequence[Array]
-    norm: Norm
-    bounds: Bounds  # each a number, a 0-d array, or a list of one a group
-    nonfinite: Nonfinite
-    shards: Shards | None
-
-
-def _given(
-    grads: Tree, norm_type: float, per: Per, bounds: Bounds, nonfinite: Nonfinite, all_reduce: AllReduce | None
-) -> _Given:
-    norm_type, nonfinite = _arguments.norm_type(norm_type), _arguments.policy(nonfinite)
-    all_reduce = _arguments.all_reduce(all_reduce)
-    flat = active(grads)
-    backend = backend_for(flat)  # what is no gradient is told before it is grouped
-    parts = grouped(flat, per)
-    bounds = Bounds(
-        _arguments.scalars("max_norm", bounds.max_norm, parts),
-        None if bounds.norm is None else _arguments.scalars("norm", bounds.norm, parts, finite=False),
-        None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True),
-    )
-    given = [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])]
-    arrays = [x for x in given if x is not None and not isinstance(x, float)]
-    if arrays or parts.flat is not flat:
-        flat, backend = parts.flat, backend_for(parts.flat, arrays)
-    leaves = backend.adopt(flat.values)
-    # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
-    fit = all(fits(dtype_name(leaves[i]), backend.accumulation(leaves)) for i in flat.samples)
-    norm = norm_for(norm_type, binned=all_reduce is not None or not fit)
-    shards = None
-    if all_reduce is not None and bounds.norm is None:  # else nothing is measured
-        call = Call(norm_type, nonfinite, parts.described())
-        shards = Shards(all_reduce, flat, parts.groups, call, norm.ops[-1])
-    return _Given(parts, backend, leaves, norm, bounds, nonfinite, shards)
-
-
-def _settled(given: _Given) -> Verdict:
-    """Measure, join, decide; raise if the policy asks for it. Nothing is written."""
-    _, backend, leaves, norm, bounds, nonfinite, shards = given
-    groups, acc = given.grouped.groups, backend.accumulation(leaves)
-    home = array_api_compat.device(leaves[0]) if leaves else None
-    bounds = Bounds(*(None if x is None else backend.number(x, acc, home) for x in bounds))
-    partials = ()
-    if bounds.norm is None:
-        measured, join = (groups, None) if shards is None else (shards.measured, shards.join)
-        partials = backend.partials(leaves, norm, measured, join)
-    verdict = backend.decide(norm, partials, bounds, groups, nonfinite)
-    if nonfinite == "error":
-        raise_if_bad(backend, leaves, given.grouped.flat, verdict, shards)
-    return verdict
+    call = given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
+    refuse_unwritable(call.grouped.flat, "clip_grad_norm")
+    with call.backend.session(call.leaves, in_place=True):
+        verdict = settled(call)
+        call.backend.scale(call.leaves, verdict.factors, call.groups, in_place=True)
+        return call.grouped.norms(verdict.norms)

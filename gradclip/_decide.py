@@ -15,6 +15,7 @@ class Bounds(NamedTuple):
     max_norm: Any
     norm: Any = None
     divide_by: Any = None
+    unit: Any = None  # that `max_norm` is a multiple of; where the norms of parameters are, the least of these
 
 
 class Decision(NamedTuple):
@@ -36,13 +37,24 @@ class Verdict(NamedTuple):
     joined_finite: Array
 
 
-def decide(xp: Namespace, norms: Scaled | None, bounds: Bounds, wide: Any, nonfinite: Nonfinite) -> Decision:
+def decide(
+    xp: Namespace,
+    norms: Scaled | None,
+    bounds: Bounds,
+    wide: Any,
+    nonfinite: Nonfinite,
+    params: Scaled | None = None,
+) -> Decision:
     """What is to be done about groups of these norms.
 
     `norms`: those of the gradients as they are, None where `bounds.norm` tells them. `wide`: whether a norm is reported
-    in float64, a bool or a row of them.
+    in float64, a bool or a row of them. `params`: the norms of the parameters, where bounds are relative to them.
     """
-    max_norm, divisor = bounds.max_norm, bounds.divide_by
+    max_norm, divisor, unit = bounds.max_norm, bounds.divide_by, bounds.unit
+    if params is not None:  # NaN stays NaN
+        unit = unit.where(xp, unit.exceeds(xp, params), params)
+    if unit is not None:
+        max_norm = max_norm.multiplied(xp, unit)
     total = norm = norms or bounds.norm
     if divisor is not None:
         positive = xp.logical_and(divisor.mantissa > 0, divisor.mantissa < math.inf)

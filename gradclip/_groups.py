@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
@@ -13,21 +15,82 @@ from gradclip._types import Array, Leaf, Per
 
 
 @dataclass(frozen=True)
-class Groups:
-    """The elements of leaf j belong to group `base[j]`, one of `count`. `wide`: which norms are float64.
+class Units:
+    """``per=Units(axis)``: each index along one axis of a leaf of 2 or more dimensions is a group.
 
-    A norm is that where an element of its group has 64-bit components.
+    A leaf of fewer dimensions is one group. ``per="unit"`` is ``Units(-1)``: the output units of JAX, Keras and Flax
+    layouts. ``Units(0)``: those of PyTorch's.
+
+    >>> import numpy as np
+    >>> from gradclip import Units, norms
+    >>> norms([np.array([[3.0, 4.0], [4.0, 3.0], [0.0, 12.0]])], per=Units(0))
+    [array([[ 5.],
+           [ 5.],
+           [12.]])]
     """
 
-    base: tuple[int, ...]
-    count: int
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.axis, int) or isinstance(self.axis, bool):
+            raise TypeError(
+                f"Units takes the axis to keep, an int, got {self.axis!r} of type {type(self.axis).__name__}"
+            )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which group each element is in. Groups stand in blocks: those whose norms come back as one array.
+
+    Leaf j is in block `block[j]`, of which `base[j]` is the first group: element i is in group `base[j] + i[keep[j]]`,
+    in `base[j]` itself where `keep[j]` is None. `shapes`: those of each block's norms. `wide`: which blocks have float64
+    norms, for an element has 64-bit components.
+    """
+
+    block: tuple[int, ...]
+    keep: tuple[int | None, ...]
+    shapes: tuple[tuple[int, ...], ...]
     wide: tuple[bool, ...]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """How many groups each block has."""
+        return tuple(map(math.prod, self.shapes))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first group of each block."""
+        return (0, *accumulate(self.lengths))[:-1]
+
+    @cached_property
+    def count(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def base(self) -> tuple[int, ...]:
+        """The first group of each leaf."""
+        return tuple(self.starts[k] for k in self.block)
+
+    @cached_property
+    def kept(self) -> tuple[int, ...]:
+        """The leaves of which an axis is kept."""
+        return tuple(j for j, axis in enumerate(self.keep) if axis is not None)
+
+    @cached_property
+    def each_wide(self) -> tuple[bool, ...]:
+        """`wide` of each group."""
+        return tuple(wide for wide, n in zip(self.wide, self.lengths, strict=True) for _ in range(n))
 
     def split(self, kinds: Sequence[int]) -> Groups:
         """Groups by kind of leaf: those of kind k are `k * count` and on, so that `i % count` are alike."""
-        base = tuple(kind * self.count + group for kind, group in zip(kinds, self.base, strict=True))
+        block = tuple(kind * len(self.shapes) + k for kind, k in zip(kinds, self.block, strict=True))
         copies = max(kinds, default=0) + 1
-        return Groups(base, copies * self.count, copies * self.wide)
+        return Groups(block, self.keep, copies * self.shapes, copies * self.wide)
+
+    def beside(self) -> Groups:
+        """These groups, and as many again for as many leaves of the same shapes."""
+        twice = Groups(2 * self.block, 2 * self.keep, self.shapes, self.wide)
+        return twice.split([0] * len(self.block) + [1] * len(self.block))
 
 
 class Grouped(NamedTuple):
@@ -42,63 +105,123 @@ class Grouped(NamedTuple):
         """What shards must agree on: the groups, in the same order."""
         if self.labels is not None:
             return f"labels {', '.join(map(repr, self.labels))}"
-        return f"{self.groups.count} leaves" if self.by_leaf else "all elements"
+        if self.by_leaf:
+            lengths = self.groups.lengths
+            return f"{len(lengths)} leaves" + (
+                f" of {_listed(lengths)} units" if self.groups.count > len(lengths) else ""
+            )
+        return "all elements" if self.groups.shapes == ((),) else f"{self.groups.count} examples"
 
-    def norms(self, each: Sequence[Array]) -> Any:
-        """One number a group in the form that the caller gets: a 0-d array, the tree of them, or a dict by label."""
+    def norms(self, blocks: Sequence[Array]) -> Any:
+        """One array of each block in the form that the caller gets: an array, the tree of them, or a dict by label."""
         if self.labels is not None:
-            return dict(zip(self.labels, each, strict=True))
-        return self.flat.rebuild(list(each), blank=True) if self.by_leaf else each[0]
+            return dict(zip(self.labels, blocks, strict=True))
+        return self.flat.rebuild(list(blocks), blank=True) if self.by_leaf else blocks[0]
 
     def entries(self, given: Any, name: str) -> list[Leaf]:
-        """What the caller gave for each group, with the path to the place where it stands in `given`.
+        """What the caller gave for each block, with the path to the place where it stands in `given`.
 
         Raises ValueError where it does not fit the groups.
         """
         if self.by_leaf:
             return self.flat.spread(given, name)
         if self.labels is None or not isinstance(given, dict):
-            return [Leaf(name, given)]
+            return [Leaf(name, given)] * len(self.groups.shapes)
         lacking, unknown = set(self.labels).difference(given), set(given).difference(self.labels)
         if lacking:
-            raise ValueError(f"{name} has no entry for {_listed(lacking)}, a label of per: it must have one for each")
+            raise ValueError(f"{name} has no entry for {_named(lacking)}, a label of per: it must have one for each")
         if unknown:
-            raise ValueError(f"{name} has an entry for {_listed(unknown)}, and no leaf has that label")
+            raise ValueError(f"{name} has an entry for {_named(unknown)}, and no leaf has that label")
         return [Leaf(f"{name}[{label!r}]", given[label]) for label in self.labels]
 
 
-def _listed(labels: Iterable[Any]) -> str:
+def _named(labels: Iterable[Any]) -> str:
     return " and ".join(sorted(map(repr, labels))[:6])
+
+
+def _listed(lengths: Sequence[int]) -> str:
+    return ", ".join(map(str, lengths[:6])) + (", ..." if len(lengths) > 6 else "")
 
 
 def grouped(flat: Flat, per: Per) -> Grouped:
     """The groups that `per` makes of the leaves."""
-    wide, n = any(_is_wide(flat.values[i]) for i in flat.samples), len(flat.values)
+    leaves = flat.values
+    n, is_wide = len(leaves), any(_is_wide(leaves[i]) for i in flat.samples)
     if per is None:
-        return Grouped(flat, _one_group(n, wide))
-    if not isinstance(per, str):
-        found = _labels(flat, per)
-        flat = flat.only([i for i, label in enumerate(found) if label is not None])
-        number: dict[Hashable, int] = {}
-        base = [number.setdefault(label, len(number)) for label in found if label is not None]
-        return Grouped(flat, _groups(flat, base, len(number), wide), tuple(number))
-    if per == "leaf":
-        return Grouped(flat, _groups(flat, range(n), n, wide), by_leaf=True)
-    raise ValueError(f"per must be None, 'leaf', a tree of labels or a function (key path, leaf) -> label, got {per!r}")
+        return Grouped(flat, _made((0,) * n, (None,) * n, ((),), (is_wide,)))
+    if per == "example":
+        return Grouped(flat, _made((0,) * n, (0,) * n, ((_examples(flat),),), (is_wide,)))
+    if isinstance(per, str) and per not in ("leaf", "unit"):
+        raise ValueError(
+            "per must be None, 'leaf', 'unit', 'example', gradclip.Units(axis), a tree of labels or a function "
+            f"(key path, leaf) -> label, got {per!r}"
+        )
+    if isinstance(per, str | Units):
+        keep = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
+        shapes = tuple(map(_shape, leaves, keep))
+        return Grouped(flat, _made(tuple(range(n)), keep, shapes, _wide(leaves, range(n), n, is_wide)), by_leaf=True)
+    found = _labels(flat, per)
+    flat = flat.only([i for i, label in enumerate(found) if label is not None])
+    number: dict[Hashable, int] = {}
+    block = tuple(number.setdefault(label, len(number)) for label in found if label is not None)
+    wide = _wide(flat.values, block, len(number), is_wide)
+    return Grouped(flat, _made(block, (None,) * len(block), ((),) * len(number), wide), tuple(number))
 
 
-def _groups(flat: Flat, base: Sequence[int], count: int, wide: bool) -> Groups:
-    has_wide = {group for group, x in zip(base, flat.values, strict=True) if _is_wide(x)} if wide else ()
-    return Groups(tuple(base), count, tuple(i in has_wide for i in range(count)))
+#: The same groups come at every step: what they know of themselves is found once.
+_made = lru_cache(Groups)
 
 
-@lru_cache
-def _one_group(n: int, wide: bool) -> Groups:
-    return Groups((0,) * n, 1, (wide,))
+def _wide(leaves: Sequence[Array], block: Iterable[int], count: int, is_any: bool) -> tuple[bool, ...]:
+    has_wide = {k for k, x in zip(block, leaves, strict=True) if _is_wide(x)} if is_any else ()
+    return tuple(k in has_wide for k in range(count))
 
 
 def _is_wide(leaf: Array) -> bool:
     return COMPONENT_BITS[dtype_name(leaf)] == 64
+
+
+def _shape(leaf: Array, keep: int | None) -> tuple[int, ...]:
+    """The shape in which the norms of a leaf's groups broadcast against it: 1 along all axes but the kept one."""
+    return () if keep is None else tuple(n if axis == keep else 1 for axis, n in enumerate(leaf.shape))
+
+
+def _kept(flat: Flat, axis: int) -> tuple[int | None, ...]:
+    """The axis whose indices are the units of each leaf; None where it is one group as a whole."""
+    for i, x in enumerate(flat.values):
+        if x.ndim >= 2 and not -x.ndim <= axis < x.ndim:
+            raise ValueError(
+                f"{flat.paths()[i]} has {x.ndim} dimensions, so that Units({axis}) has no axis to keep there"
+            )
+    keep = tuple(None if x.ndim < 2 else axis % x.ndim for x in flat.values)
+    _known(flat, keep)
+    return keep
+
+
+def _examples(flat: Flat) -> int:
+    """How many examples all leaves have along axis 0."""
+    leaves = flat.values
+    for i, x in enumerate(leaves):
+        if x.ndim == 0:
+            raise ValueError(f"{flat.paths()[i]} is 0-d: with per='example' axis 0 of every leaf counts the examples")
+    _known(flat, (0,) * len(leaves))
+    for i, x in enumerate(leaves):
+        if x.shape[0] != leaves[0].shape[0]:
+            one, other = flat.paths()[0], flat.paths()[i]
+            raise ValueError(
+                f"{other} has {x.shape[0]} examples along axis 0, and {one} has {leaves[0].shape[0]}: "
+                "with per='example' all leaves must have the same"
+            )
+    return leaves[0].shape[0] if leaves else 0
+
+
+def _known(flat: Flat, keep: Sequence[int | None]) -> None:
+    """Raise ValueError unless the lengths of kept axes are known."""
+    for i, (x, axis) in enumerate(zip(flat.values, keep, strict=True)):
+        if axis is not None and not isinstance(x.shape[axis], int):
+            raise ValueError(
+                f"{flat.paths()[i]} has length {x.shape[axis]} along axis {axis}: how many groups there are must be known"
+            )
 
 
 def _labels(flat: Flat, per: Per) -> list[Hashable]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat
@@ -10,9 +10,19 @@ import array_api_compat
 from gradclip._backends.generic import Backend
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._errors import LeafError
-from gradclip._libraries import LIBRARIES, backend_of, can_join, immutable, is_nothing, lacking, library, unsuitable
+from gradclip._libraries import (
+    LIBRARIES,
+    backend_of,
+    can_join,
+    detached,
+    immutable,
+    is_nothing,
+    lacking,
+    library,
+    unsuitable,
+)
 from gradclip._tree import Flat, flatten
-from gradclip._types import Array, Clipped, Tree
+from gradclip._types import Array, Clipped, Leaf, Tree
 
 #: Types and dtypes of leaves that were found to be good, and whose they are. For speed.
 _admitted: dict[tuple[type, Any], str] = {}
@@ -26,24 +36,41 @@ def active(grads: Tree) -> Flat:
     return flat.only([i for i, x in enumerate(flat.values) if not is_nothing(x)])
 
 
-def backend_for(flat: Flat, scalars: Sequence[Any] = ()) -> Backend:
-    """The backend for these leaves; arrays among `scalars` have a say too.
+def parameters(params: Tree, flat: Flat) -> list[Leaf]:
+    """The parameters of the gradients in `flat`: a tree like theirs, an array of the same shape for each.
+
+    Raises ValueError where they do not fit.
+    """
+    found = [Leaf(path, detached(x)) for path, x in flat.spread(params, "params")]
+    for (path, param), here, x in zip(found, flat.paths(), flat.values, strict=True):
+        if path != "params" + here.removeprefix("grads"):
+            raise ValueError(f"{path} stands for {here}, and more: params must have an array for every gradient")
+        if tuple(getattr(param, "shape", ())) != tuple(x.shape):
+            got = f"an array of shape {tuple(param.shape)}" if hasattr(param, "shape") else repr(param)
+            raise ValueError(f"{path} is {got}, and its gradient has the shape {tuple(x.shape)}: they must be alike")
+    return found
+
+
+def backend_for(flat: Flat, scalars: Sequence[Any] = (), params: Sequence[Leaf] = ()) -> Backend:
+    """The backend for these leaves, and parameters; arrays among `scalars` have a say too.
 
     Raises LeafError for a leaf that cannot be clipped, or when two libraries meet that cannot work together.
     """
     names: dict[str, Any] = {}  # the libraries, each with the first of its arrays
     for places in (flat.samples, range(len(flat.values))):
         for i in places:
-            names.setdefault(_admit(flat, i), flat.values[i])
+            names.setdefault(_admit(flat.values[i], lambda i=i: flat.paths()[i]), flat.values[i])
         if names.keys() <= LIBRARIES.keys():  # elsewhere type and dtype do not say all
             break
+    for path, x in params:
+        names.setdefault(_admit(x, lambda path=path: path), x)
     for value in scalars:
         if value is not None and not can_join(value, names):
             names.setdefault(str(library(value)), value)
     try:
         return backend_of(names)
     except ValueError:
-        found = {id(x): path for x, path in zip(reversed(flat.values), reversed(flat.paths()), strict=True)}
+        found = {id(x): path for path, x in reversed([*zip(flat.paths(), flat.values, strict=True), *params])}
         (one, kind), (two, other) = ((found.get(id(x), "a bound"), name) for name, x in list(names.items())[:2])
         raise LeafError(
             f"{one} is a {kind} array and {two} a {other} array: they cannot be clipped as one. "
@@ -51,9 +78,8 @@ def backend_for(flat: Flat, scalars: Sequence[Any] = ()) -> Backend:
         ) from None
 
 
-def _admit(flat: Flat, i: int) -> str:
+def _admit(x: Any, path: Callable[[], str]) -> str:
     """The library of a leaf. Raises LeafError unless the leaf is a dense floating-point or complex array."""
-    x = flat.values[i]
     sort = type(x), getattr(x, "dtype", None)
     known = _admitted.get(sort)
     if known is not None:
@@ -61,7 +87,7 @@ def _admit(flat: Flat, i: int) -> str:
     name = library(x)
     objection = _objection(x, name)
     if objection or name is None:
-        raise LeafError(f"{flat.paths()[i]} is {objection}")
+        raise LeafError(f"{path()} is {objection}")
     if name in LIBRARIES:
         _admitted[sort] = name
     return name

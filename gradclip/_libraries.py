@@ -107,6 +107,11 @@ def is_nothing(x: Any) -> bool:
     return getattr(dtype, "names", None) is not None and str(dtype) == "[('float0', 'V')]"
 
 
+def detached(x: Any) -> Any:
+    """The values of a parameter: torch's without the graph of its derivatives."""
+    return x.detach() if _is(x, "torch", "Tensor") else x
+
+
 def unsuitable(x: Any) -> str:
     """What an array of a special class is, and what to pass instead; empty for any other."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"

@@ -51,12 +51,16 @@ def raise_if_bad(
 
 def _described(norms: Sequence[Array]) -> str:
     try:
-        values = [float(x) for x in norms]
+        values = [number for block in norms for number in _numbers(block)]
     except TypeError:  # under JAX's `grad` and `vmap` a norm is not one number
         return "their norms are not"
     if len(values) == 1:
         return f"their global norm is {values[0]}"
     return f"{sum(not math.isfinite(x) for x in values)} of {len(values)} norms are not"
+
+
+def _numbers(x: Array) -> list[float]:
+    return [number for i in range(x.shape[0]) for number in _numbers(x[i, ...])] if x.ndim else [float(x)]
 
 
 def _description(leaf: Array) -> str:

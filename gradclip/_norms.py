@@ -25,7 +25,7 @@ from gradclip._scaled import RANGES, Scaled, magnitudes, range_of, rounded
 from gradclip._types import Array, Namespace, ReduceOp
 
 Seen: TypeAlias = tuple[Array, ...]  # the joined partials of the passes before, each indexed by its slots
-Terms: TypeAlias = tuple[Array | None, ...]  # an array a slot, of the elements' shape; None: the slot gets nothing
+Terms: TypeAlias = tuple[Array | float, ...]  # an array a slot, of the elements' shape; or what each element adds alike
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SumNorm(Norm):
     def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
         each = [self._bins(xp, these) if self.binned else (self.term(xp, these),) for these in self.apart(parts)]
         sums = each[0] if len(each) == 1 else tuple(a + b for a, b in zip(*each, strict=True))
-        return sums if self.binned else (None, sums[0], None)
+        return sums if self.binned else (0.0, sums[0], 0.0)
 
     def _bins(self, xp: Namespace, parts: Parts) -> tuple[Array, ...]:
         r, longest = range_of(parts[0]), longest_of(xp, parts)
@@ -126,6 +126,22 @@ class TwoNorm(SumNorm):
     def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
         safe = xp.where(norm.mantissa > 0, norm.mantissa, xp.ones_like(norm.mantissa))
         return tuple(norm.over(xp, x) / safe for x in parts), None
+
+
+class RmsNorm(TwoNorm):
+    """sqrt(mean |x|^2). Slots: those of the 2-norm, and the number of elements."""
+
+    slots = (4,)
+
+    def terms(self, xp: Namespace, parts: Parts, seen: Seen) -> Terms:
+        return (*super().terms(xp, parts, seen), 1.0)
+
+    def finish(self, xp: Namespace, joined: Seen) -> Scaled:
+        root, exponent = super().finish(xp, joined)
+        return Scaled(root / xp.sqrt(xp.maximum(joined[0][3], xp.ones_like(root))), exponent)
+
+    def direction(self, xp: Namespace, parts: Parts, norm: Scaled) -> tuple[Parts, Array | None]:
+        return super().direction(xp, parts, norm)[0], xp.ones_like(parts[0])
 
 
 def _root(xp: Namespace, squares: Array) -> Array:
@@ -269,11 +285,12 @@ class PowerNorm(Norm):
 
 
 @lru_cache(256)
-def norm_for(norm_type: float, binned: bool) -> Norm:
-    """The p-norm, p = `norm_type` (a float that is not NaN)."""
-    simple: dict[float, type[Norm]] = {2.0: TwoNorm, 1.0: OneNorm, 0.0: CountNorm}
+def norm_for(norm_type: float | str, binned: bool) -> Norm:
+    """The p-norm, p = `norm_type` (a float that is not NaN), or the norm of that name."""
+    simple: dict[float | str, type[Norm]] = {2.0: TwoNorm, 1.0: OneNorm, 0.0: CountNorm, "rms": RmsNorm}
     if norm_type in simple:
         return simple[norm_type](binned)
+    assert isinstance(norm_type, float)
     op: ReduceOp = "max" if norm_type > 0 else "min"
     if math.isinf(norm_type):
         return ExtremeNorm(binned, (op,))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from itertools import cycle
 from typing import Any
 
 import array_api_compat
@@ -17,17 +18,25 @@ class Shards:
     """The shards' side of one call: a callable `(partial, op) -> joined`, or an `Engine`, and what it must know.
 
     Leaves that other shards hold copies of are measured apart: `measured` are the groups by kind of leaf, and `join`
-    puts them together, with identities where this shard does not count them.
+    puts them together, with identities where this shard does not count them. `leaves`: those of `flat`, and as many
+    again where parameters are measured beside them.
     """
 
-    def __init__(self, all_reduce: AllReduce, flat: Flat, groups: Groups, call: Call, last: ReduceOp) -> None:
+    def __init__(
+        self,
+        all_reduce: AllReduce,
+        flat: Flat,
+        leaves: Sequence[Leaf],
+        groups: Groups,
+        call: Call,
+        last: ReduceOp,
+    ) -> None:
         self._groups, self._call, self._last = groups, call, last
         self._engine = all_reduce if isinstance(all_reduce, Engine) else _Plain(all_reduce)
-        found: list[Hashable] = [None] * len(flat.values)
+        found: list[Hashable] = [None] * len(leaves)
         if self._engine is all_reduce:
-            told = flat.spread(all_reduce.told, all_reduce.telling)
-            leaves = map(Leaf, flat.paths(), flat.values)
-            found = [all_reduce.kind(leaf, entry.value) for leaf, entry in zip(leaves, told, strict=True)]
+            told = cycle(flat.spread(all_reduce.told, all_reduce.telling))
+            found = [all_reduce.kind(leaf, entry.value) for leaf, entry in zip(leaves, told, strict=False)]
         self._kinds = list(dict.fromkeys(found)) or [None]
         self.measured = groups.split([self._kinds.index(kind) for kind in found])
 
@@ -43,7 +52,7 @@ class Shards:
         if op != self._last or self._engine.same_program:
             return self._engine.join(mine, op, self._call)
         sign = -1.0 if op == "min" else 1.0
-        flags = [sign * wide for wide in self._groups.wide]
+        flags = [sign * wide for wide in self._groups.each_wide]
         if len(set(flags)) == 1:  # then nothing is copied from the host: in a CUDA graph, nothing can be
             row = xp.full_like(mine[:1, :], flags[0])
         else:

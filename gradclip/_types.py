@@ -24,7 +24,11 @@ AllReduce = Callable[[Array, ReduceOp], Array]
 """`(partial, op) -> joined`: joins a small array with its like on other shards, element by element."""
 
 Per: TypeAlias = Any
-"""Which elements share a norm: None, "leaf", a tree prefix of labels, or a function `(key path, leaf) -> label`."""
+"""Which elements share a norm: None, "leaf", "unit", `Units(axis)`, "example", a tree prefix of labels, or a function
+`(key path, leaf) -> label`."""
+
+NormType: TypeAlias = Any
+"""p of the p-norm, a real number; or "rms"."""
 
 Nonfinite = Literal["propagate", "zero", "error"]
 """What happens when a gradient element is inf or NaN."""
@@ -46,6 +50,16 @@ class Clipped(NamedTuple, Generic[T]):
     """The norm before clipping (after `divide_by`): a 0-d array; with `per`, as `norms` gives it."""
 
 
+class ClippedSum(NamedTuple, Generic[T]):
+    """What `clipped_sum` returns: `total, norm = clipped_sum(...)`."""
+
+    sum: T
+    """The sum over the examples of what is left of each: the tree that went in, without the examples' axis."""
+
+    norm: Array
+    """The norm of each example before clipping: an array of shape (B,)."""
+
+
 class Leaf(NamedTuple):
     """One leaf of a tree and how a reader would write the way to it: `grads['encoder'][3].weight`."""
 
@@ -56,7 +70,7 @@ class Leaf(NamedTuple):
 class Call(NamedTuple):
     """What all shards of one call must agree on."""
 
-    norm_type: float = 2.0
+    norm_type: float | str = 2.0
     nonfinite: Nonfinite = "propagate"
     groups: str = "all elements"
 

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -18,11 +19,11 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.numpy import scalars
+from gradclip._backends.numpy import scalars, units
 from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, padded, pairs, squares, squares_of_each
 from gradclip._dtypes import dtype_names
 from gradclip._groups import Groups
-from gradclip._norms import Norm, Seen, TwoNorm
+from gradclip._norms import Norm, RmsNorm, Seen, TwoNorm, identity
 from gradclip._scaled import Factors, Scaled
 from gradclip._threads import each, num_threads
 from gradclip._types import Array
@@ -64,7 +65,7 @@ class NumpyBackend(Backend):
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
         if not isinstance(value, list):
             return super().number(float(value), acc, device)
-        row = np.asarray(value, np.float64)
+        row = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in value])
         subnormal = (row > 0) & (row < np.finfo(np.float64).tiny)
         return super().number(row.tolist(), acc, device) if subnormal.any() else Scaled(row, None)
 
@@ -76,84 +77,158 @@ class NumpyBackend(Backend):
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
         if not isinstance(norm, TwoNorm):
             return super().partial(leaves, norm, groups, seen)
-        jobs = _jobs(leaves, groups)
+        out = np.zeros((norm.slots[0], groups.count))
+        if not groups.kept:
+            self._of_whole(leaves, groups.base, norm, groups, out)
+        else:
+            whole = [i for i, axis in enumerate(groups.keep) if axis is None]
+            self._of_whole([leaves[i] for i in whole], [groups.base[i] for i in whole], norm, groups, out)
+            self._of_units(leaves, norm, groups, out)
+        if isinstance(norm, RmsNorm):
+            for leaf, start, block in zip(leaves, groups.base, groups.block, strict=True):
+                n = 1 if leaf.size == 0 else groups.lengths[block]
+                out[3, start : start + n] += leaf.size // n
+        return out
+
+    def _of_whole(self, leaves: Sequence[Array], base: Sequence[int], norm: Norm, groups: Groups, out: Array) -> None:
+        """The sums of leaves of one group each."""
+        jobs = _jobs(leaves, base, groups)
         owners: list[int] = []
         sums: list[float] = []
-        columns: dict[int, list[Array]] = defaultdict(list)
+        again: dict[int, list[Array]] = defaultdict(list)
         for job, found in zip(jobs, _shared(_sums, jobs, leaves, "float16", "bfloat16"), strict=True):
             for i in [i for i, s in enumerate(found) if s != s]:
-                again = job.arrays if len(found) == 1 else [job.arrays[i]]
-                columns[job.groups[i]] += [self._contribution(x, norm, np.float64, seen) for x in again]
+                arrays = job.arrays if len(found) == 1 else [job.arrays[i]]
+                again[job.groups[i]] += [self._contribution(x, None, norm, np.float64, ())[:, 0] for x in arrays]
                 found[i] = 0.0
             owners += job.groups[: len(found)]
             sums += found
-        out = np.zeros((3, groups.count))
         if len(set(owners)) == len(owners):
             out[1, owners] = sums
         else:
-            known: list[list[float]] = [[] for _ in range(groups.count)]
+            known: dict[int, list[float]] = defaultdict(list)
             for group, s in zip(owners, sums, strict=True):
                 known[group].append(s)
-            out[1] = list(map(math.fsum, known))
-        for group, column in columns.items():
+            out[1, list(known)] = list(map(math.fsum, known.values()))
+        for group, column in again.items():
             out[:, group] = self._joined([out[:, group], *column], "sum")
+
+    def _of_units(self, leaves: Sequence[Array], norm: Norm, groups: Groups, out: Array) -> None:
+        """The sums of leaves of which an axis is kept."""
+        views = {i: units.view(leaves[i], groups.keep[i])[0] for i in groups.kept if leaves[i].size}
+        jobs = [
+            (i, part, some, groups.wide[groups.block[i]])
+            for i, x in views.items()
+            for part, some in units.pieces(x, _BLOCK)
+        ]
+        sums = _shared(lambda job: units.squares(job[1], job[3]), jobs, leaves, "float16", "bfloat16")
+        own = {i: np.zeros((norm.slots[0], x.shape[1])) for i, x in views.items()}
+        for (i, part, some, _), found in zip(jobs, sums, strict=True):
+            bad = np.flatnonzero(np.isnan(found))
+            if bad.size:
+                own[i][:, bad + some.start] += self._contribution(part[:, bad], 1, norm, np.float64, ())
+                found[bad] = 0
+            own[i][1, some] += found
+        by_block: dict[int, list[Array]] = defaultdict(list)
+        for i, x in own.items():
+            by_block[groups.block[i]].append(x)
+        for block, found in by_block.items():
+            start, n = groups.starts[block], groups.lengths[block]
+            out[:, start : start + n] = found[0] if len(found) == 1 else units.fold(np.stack(found))
+
+    def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
+        op, leaf = norm.ops[len(seen)], np.asarray(leaf)
+        if keep is None:
+            some = [super(NumpyBackend, self)._contribution(x, None, norm, acc, seen) for x in blocks(leaf, CHUNK)]
+            return self._joined(some, op)
+        out = np.full((norm.slots[len(seen)], leaf.shape[keep]), identity(op))
+        for part, at in units.pieces(units.view(leaf, keep)[0], CHUNK):
+            more = super()._contribution(part, 1, norm, acc, tuple(x[:, at] for x in seen))
+            out[:, at] = self._joined([out[:, at], more], op)
         return out
 
-    def _contribution(self, leaf: Array, norm: Norm, acc: Any, seen: Seen) -> Array:
-        pieces = [super(NumpyBackend, self)._contribution(x, norm, acc, seen) for x in blocks(np.asarray(leaf), CHUNK)]
-        return self._joined(pieces, norm.ops[len(seen)])
-
-    def _total(self, x: Array, axis: int | None = None) -> Array:
-        if axis is not None:
-            return np.sum(x, axis=axis)
+    def _total(self, x: Array) -> Array:
+        if x.ndim > 2 or len(x) > 1:
+            return np.sum(x, axis=-1) if x.shape[-1] <= _FEW else units.fold(np.moveaxis(x, -1, 0))
         # Pairwise sums have rows of 16 in them, which for 1e5 equal elements are up to 5 units in the last place off.
         flat = x.reshape(-1)
         rows = flat[: flat.size - flat.size % _FEW].reshape(-1, _FEW)
         values = [*np.sum(rows, axis=1).tolist(), *flat[rows.size :].tolist()]
         total = sum(values)
-        return np.float64(math.fsum(values) if math.isfinite(total) else total)
+        return np.array([math.fsum(values) if math.isfinite(total) else total])
 
     # -- the policy ----------------------------------------------------------------------------------------
 
     def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
-        if groups.count == 1:
+        if groups.shapes == ((),):
             return [np.asarray(norm, np.float64 if wide else np.float32)]
         row = norm + np.zeros(groups.count)
-        narrow, flags = row.astype(np.float32), (wide | np.zeros(groups.count, bool)).tolist()
-        return [(row if wide else narrow)[i, ...] for i, wide in enumerate(flags)]
+        # The joined width of a block is that of its groups.
+        narrow, flags = row.astype(np.float32), wide | np.zeros(groups.count, bool)
+        if groups.count == len(groups.shapes) and not any(groups.shapes):
+            return [(row if wide else narrow)[i, ...] for i, wide in enumerate(flags.tolist())]
+        blocks = zip(groups.starts, groups.lengths, groups.shapes, strict=True)
+        return [(row if n and flags[start] else narrow)[start : start + n].reshape(shape) for start, n, shape in blocks]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
         factor = _each(factors.factor, groups.count)
         shift = _each(1.0 if factors.shift is None else factors.shift, groups.count)
-        steps = list(map(_steps, factor.tolist(), shift.tolist()))
-        if not any(steps):
+        plain = (shift == 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)
+        changes = ~plain | (factor != 1)
+        if not changes.any():
             return leaves
         if in_place and _overlap(leaves):
             return super().scale(leaves, factors, groups, in_place)  # what two share is scaled once, from what it was
-        # 0-d arrays: to multiply by one takes 0.4 us for 1,024 elements, by a number 0.6.
-        narrow = factor.astype(np.float32)
-        exact = [factor[i, ...] if len(x) == 1 else None for i, x in enumerate(steps)]
-        single = [None if exact[i] is None or wide else narrow[i, ...] for i, wide in enumerate(groups.wide)]
-        own: dict[Any, list[Any]] = {_SINGLE: single, _DOUBLE: exact, _COMPLEX: exact}  # dtypes that are multiplied in
-        nothing = [None] * groups.count
         outs = list(leaves)
-        jobs: list[tuple[Array, Array, Sequence[float], bool]] = []
-        for i, (leaf, group) in enumerate(zip(leaves, groups.base, strict=True)):
-            by = own.get(leaf.dtype, nothing)[group]
-            if by is None and not steps[group]:
-                continue
-            outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
-            if by is not None and leaf.size <= _BLOCK:
-                np.multiply(leaf, by, out)
-            else:
-                wide = groups.wide[group]
-                jobs += ((x, y, steps[group], wide) for x, y in pairs(np.asarray(leaf), out, _BLOCK))
-        _shared(lambda job: multiplied(*job), jobs, leaves, "float16")
+        jobs: list[Callable[[], Any]] = []
+        # 0-d arrays: to multiply by one takes 0.4 us for 1,024 elements, by a number 0.6.
+        single = factor.astype(np.float32)
+        rows = {_SINGLE: single, _DOUBLE: factor, _COMPLEX: factor}  # dtypes that are multiplied in
+        is_plain, is_changed = plain.tolist(), changes.tolist()
+        for i, (leaf, group, block, keep) in enumerate(
+            zip(leaves, groups.base, groups.block, groups.keep, strict=True)
+        ):
+            wide = groups.wide[block]
+            if keep is not None:
+                own = slice(group, group + groups.lengths[block])
+                if leaf.size and changes[own].any():
+                    outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
+                    jobs += units.scaling(leaf, out, keep, factor[own], shift[own], wide, self._scaled)
+            elif is_changed[group]:
+                outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
+                row = rows.get(leaf.dtype) if is_plain[group] and leaf.size <= _BLOCK else None
+                if row is None or (wide and row is single):
+                    steps = (factor[group],) if is_plain[group] else (shift[group], factor[group], shift[group])
+                    cut = pairs(np.asarray(leaf), out, _BLOCK)
+                    jobs += [partial(multiplied, x, y, steps, wide) for x, y in cut]
+                else:
+                    np.multiply(leaf, row[group, ...], out)
+        _shared(lambda job: job(), jobs, leaves, "float16")
         return (
             outs if in_place else [y[()] if isinstance(x, np.generic) else y for x, y in zip(leaves, outs, strict=True)]
         )
+
+    def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
+        factor = _each(factors.factor, groups.count)
+        shift = _each(1.0 if factors.shift is None else factors.shift, groups.count)
+        matrices = [units.matrix(x) for x in leaves]
+        totals = [np.zeros(x.shape[1]) for x in matrices]
+        jobs = [
+            (x[:, at : at + width], total[at : at + width])
+            for x, total in zip(matrices, totals, strict=True)
+            for width in [max(1, _BLOCK // max(1, len(x)))]
+            for at in range(0, x.shape[1], width)
+        ]
+        _shared(lambda job: units.weighted_sum(*job, factor, shift), jobs, leaves, "float16", "bfloat16")
+        out = []
+        for leaf, x in zip(leaves, totals, strict=True):
+            wide = leaf.dtype.char in "dD"
+            x = self._normal(x, wide)
+            x = x.view((np.complex128 if wide else np.complex64) if leaf.dtype.kind == "c" else x.dtype)
+            out.append(x.reshape(leaf.shape[1:]))
+        return out
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
         out = super().clamp(np.asarray(leaf), low, high).astype(leaf.dtype, copy=False)
@@ -199,13 +274,13 @@ class _Job:
     room: int = CHUNK
 
 
-def _jobs(leaves: Sequence[Array], groups: Groups) -> list[_Job]:
+def _jobs(leaves: Sequence[Array], base: Sequence[int], groups: Groups) -> list[_Job]:
     """The leaves as jobs, each as long as one thread should take at once."""
     jobs: list[_Job] = []
     is_open: dict[Any, _Job] = {}
     apart, mixed = groups.count > 1, len(set(groups.wide)) > 1
-    for leaf, group in zip(leaves, groups.base, strict=True):
-        n, wide = leaf.size, groups.wide[group]
+    for leaf, group in zip(leaves, base, strict=True):
+        n, wide = leaf.size, groups.each_wide[group]
         if n > _SMALL:
             jobs += [_Job([x], [group], wide) for x in blocks(leaf, _BLOCK)]
         elif n:

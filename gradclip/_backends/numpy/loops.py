@@ -51,14 +51,14 @@ def squares(block: Array, wide: bool) -> float:
 
     `wide`: as exact as float64 can be, whatever the dtype of the block.
     """
-    numbers = _real(block)
+    numbers = real(block)
     kind = numbers.dtype.type
     if kind is np.float64 or (kind is np.float32 and not wide):
         total = _dot_rows(numbers)
     else:
         starts = range(0, numbers.size, CHUNK)
-        total = sum(_dot_rows(_widened(numbers[start : start + CHUNK], wide)) for start in starts)
-    return _trusted(total, block, _SAFE_DOUBLE if kind is np.float64 else _SAFE)
+        total = sum(_dot_rows(widened(numbers[start : start + CHUNK], wide)) for start in starts)
+    return _trusted(total, block)
 
 
 def padded(n: int) -> int:
@@ -79,23 +79,22 @@ def squares_of_each(arrays: list[Array], wide: bool) -> list[float]:
     if rest.any():
         zeros = np.zeros(_LONGEST_ROW, dtype)
         pieces = [piece for x, n in zip(arrays, rest.tolist(), strict=True) for piece in (x, zeros[:n])]
-    block = _widened(_real(np.concatenate(pieces, axis=None, dtype=dtype)), wide)
+    block = widened(real(np.concatenate(pieces, axis=None, dtype=dtype)), wide)
     sums = _of_rows(block)
     whole = sizes + rest
     ends = np.cumsum(whole)
     each = np.add.reduceat(sums, (ends - whole) * sums.size // ends[-1])
-    safe = _SAFE_DOUBLE if dtype.char in "dD" else _SAFE
-    for i in np.flatnonzero(~_is_safe(each, sizes, safe)):
-        each[i] = _trusted(float(each[i]), arrays[i], safe)
+    for i in np.flatnonzero(~is_safe(each, sizes, dtype)):
+        each[i] = _trusted(float(each[i]), arrays[i])
     return list(each.tolist())
 
 
-def _real(block: Array) -> Array:
+def real(block: Array) -> Array:
     """The same numbers, complex ones as two real ones."""
     return np.ascontiguousarray(block).view(block.real.dtype) if block.dtype.kind == "c" else block
 
 
-def _widened(numbers: Array, wide: bool) -> Array:
+def widened(numbers: Array, wide: bool) -> Array:
     """Real numbers in a dtype that can be added up in rows: at most a chunk of those that must be cast."""
     if wide:
         return numbers.astype(np.float64, copy=False)
@@ -103,13 +102,14 @@ def _widened(numbers: Array, wide: bool) -> Array:
     return numbers if widen is None else widen(numbers, _scratch.wide)
 
 
-def _trusted(total: float, x: Array, safe: tuple[float, float, float]) -> float:
+def _trusted(total: float, x: Array) -> float:
     """The sum, NaN in place of one outside the range in which a plain sum has lost nothing."""
-    return total if _is_safe(total, x.size, safe) or (total == 0 and not x.any()) else math.nan
+    return total if is_safe(total, x.size, x.dtype) or (total == 0 and not x.any()) else math.nan
 
 
-def _is_safe(totals: Any, sizes: Any, safe: tuple[float, float, float]) -> Any:
-    low, high, each = safe
+def is_safe(totals: Any, sizes: Any, dtype: Any) -> Any:
+    """Whether a sum of so many squares, of elements of that dtype, has lost nothing that matters."""
+    low, high, each = _SAFE_DOUBLE if dtype.char in "dD" else _SAFE
     return (low <= totals) & (totals <= high) & (totals >= each * sizes)
 
 
@@ -118,7 +118,7 @@ def _dot_rows(x: Array) -> float:
 
     Within 1e-7 (float32) of the exact norm for any number of elements.
     """
-    whole = x.size - x.size % (_row(x.dtype.type) or 1)
+    whole = x.size - x.size % (row(x.dtype.type) or 1)
     rest = x[whole:]
     total = float(np.dot(rest, rest)) if rest.size else 0.0
     return total + float(np.add.reduce(_of_rows(x[:whole]))) if whole else total
@@ -126,26 +126,26 @@ def _dot_rows(x: Array) -> float:
 
 def _of_rows(x: Array) -> Array:
     """The sums of squares of whole rows, each made in the dtype of `x`; the squares where no row is good enough."""
-    row = _row(x.dtype.type)
-    if row == 0:
+    length = row(x.dtype.type)
+    if length == 0:
         return np.square(x, dtype=np.float64)
-    rows = x.reshape(-1, row)
+    rows = x.reshape(-1, length)
     return np.vecdot(rows, rows).astype(np.float64, copy=False)
 
 
 @lru_cache
-def _row(kind: type) -> int:
+def row(kind: type) -> int:
     """The longest row whose dot product BLAS makes exact enough: it adds in some lanes, how many is its own affair.
 
     Equal elements are the worst case: their errors do not cancel. 0: no row is good enough.
     """
     values = np.exp2(np.linspace(0, 1, 999)).astype(kind)[:, None]  # squares of fewer bits would add up exactly
     unit = float(np.finfo(kind).eps)
-    for row in (_LONGEST_ROW, 256, 128, 64):
-        x = np.repeat(values, row, axis=1)
-        error = np.vecdot(x, x).astype(np.float64) / (np.square(values[:, 0].astype(np.longdouble)) * row) - 1
+    for length in (_LONGEST_ROW, 256, 128, 64):
+        x = np.repeat(values, length, axis=1)
+        error = np.vecdot(x, x).astype(np.float64) / (np.square(values[:, 0].astype(np.longdouble)) * length) - 1
         if np.max(np.abs(error)) / 2 < 0.75 * unit:  # 0.9e-7 for float32: others are up to a tenth worse
-            return row
+            return length
     return 0
 
 
@@ -179,9 +179,18 @@ def multiplied(block: Array, out: Array, steps: Sequence[float], wide: bool) -> 
         np.multiply(block, np.float32(factor), out=out)
     else:
         for piece, target in pairs(block, out, CHUNK):
-            x = _WIDEN[kind](piece, _scratch.wide)
-            np.multiply(x, np.float32(factor), out=x)
-            _NARROW[kind](x, piece, target)
+            through_single(piece, target, lambda x: np.multiply(x, np.float32(factor), out=x))
+
+
+def through_single(block: Array, out: Array, change: Callable[[Array], Any]) -> None:
+    """`out = block` with what `change` makes of it in float32, for a chunk of 16-bit numbers in one piece.
+
+    Of float16 numbers it sees magnitudes: signs are kept.
+    """
+    kind = dtype_name(block)
+    x = _WIDEN[kind](block.reshape(-1), _scratch.wide)
+    change(x.reshape(block.shape))
+    _NARROW[kind](x, block.reshape(-1), out.reshape(-1))
 
 
 # --- 16-bit numbers as float32 and back ---------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""One call of a verb: what it was given, checked, and what was found: measured, joined with other shards, decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import array_api_compat
+
+from gradclip import _arguments
+from gradclip._backends.generic import Backend
+from gradclip._decide import Bounds, Verdict
+from gradclip._dtypes import dtype_name, fits
+from gradclip._groups import Grouped, Groups, grouped
+from gradclip._leaves import active, backend_for, parameters
+from gradclip._nonfinite import raise_if_bad
+from gradclip._norms import Norm, Seen, norm_for
+from gradclip._shards import Shards
+from gradclip._types import AllReduce, Array, Call, Leaf, Nonfinite, NormType, Per, Tree
+
+
+class Given(NamedTuple):
+    """What a verb was given, checked."""
+
+    grouped: Grouped
+    backend: Backend
+    leaves: Sequence[Array]
+    norm: Norm
+    bounds: Bounds  # each a number, a 0-d array, or a list of them for one group after the other
+    nonfinite: Nonfinite
+    shards: Shards | None
+    params: Sequence[Array] | None  # where bounds are relative to them
+
+    @property
+    def groups(self) -> Groups:
+        return self.grouped.groups
+
+
+def given(
+    grads: Tree,
+    norm_type: NormType,
+    per: Per,
+    bounds: Bounds,
+    nonfinite: Nonfinite,
+    all_reduce: AllReduce | None,
+    params: Tree = None,
+    name: str = "max_norm",
+) -> Given:
+    """Check everything, before any work. `params`: a tree like the gradients. `name`: what `max_norm` is called."""
+    norm_type, nonfinite = _arguments.norm_type(norm_type), _arguments.policy(nonfinite)
+    all_reduce = _arguments.all_reduce(all_reduce)
+    flat = active(grads)
+    backend = backend_for(flat)  # what is no gradient is told before it is grouped
+    parts = grouped(flat, per)
+    bounds = Bounds(
+        _arguments.scalars(name, bounds.max_norm, parts),
+        None if bounds.norm is None else _arguments.scalars("norm", bounds.norm, parts, finite=False),
+        None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True),
+        None if bounds.unit is None else _arguments.scalar("eps", bounds.unit, positive=True),
+    )
+    beside = None if params is None else parameters(params, parts.flat)
+    found = [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])]
+    arrays = list({id(x): x for x in found if x is not None and not isinstance(x, float)}.values())
+    if arrays or beside or parts.flat is not flat:
+        flat, backend = parts.flat, backend_for(parts.flat, arrays, beside or [])
+    leaves = backend.adopt(flat.values)
+    others = None if beside is None else backend.adopt([x.value for x in beside])
+    # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
+    acc = backend.accumulation([*leaves, *(others or [])])
+    kinds = {dtype_name(leaves[i]) for i in flat.samples}.union(map(dtype_name, others or []))
+    norm = norm_for(norm_type, binned=all_reduce is not None or not all(fits(kind, acc) for kind in kinds))
+    shards = None
+    if all_reduce is not None and bounds.norm is None:  # else nothing is measured
+        call, groups = Call(norm_type, nonfinite, parts.described()), parts.groups
+        members = list(map(Leaf, flat.paths(), flat.values))
+        if beside is not None:
+            members, groups = members + beside, groups.beside()
+        shards = Shards(all_reduce, flat, members, groups, call, norm.ops[-1])
+    return Given(parts, backend, leaves, norm, bounds, nonfinite, shards, others)
+
+
+def settled(given: Given) -> Verdict:
+    """Measure, join, decide; raise if the policy asks for it. Nothing is written."""
+    backend, leaves, groups, shards = given.backend, given.leaves, given.groups, given.shards
+    measured, relative = groups, given.params is not None
+    if relative:
+        leaves, measured = [*leaves, *given.params], groups.beside()
+    acc = backend.accumulation(leaves)
+    home = array_api_compat.device(leaves[0]) if leaves else None
+    bounds = Bounds(*(None if x is None else backend.number(x, acc, home) for x in given.bounds))
+    partials: Seen = ()
+    if bounds.norm is None:
+        measured, join = (measured, None) if shards is None else (shards.measured, shards.join)
+        partials = backend.partials(leaves, given.norm, measured, join)
+    verdict = backend.decide(given.norm, partials, bounds, groups, given.nonfinite, relative)
+    if given.nonfinite == "error":
+        raise_if_bad(backend, given.leaves, given.grouped.flat, verdict, shards)
+    return verdict
