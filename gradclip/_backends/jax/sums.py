@@ -235,4 +235,8 @@ def _in_float64(norm: SumNorm, rows: list[Rows], quick: bool, ids: Array, count:
             safe = jnp.all(jnp.logical_and(plain >= r.thin, plain <= r.huge**2))
             found = lax.cond(safe, lambda tried, found: found, lambda tried, found: sums(tried), tried, found)
         found |= sums({i: x for i, x in arrays.items() if i not in tried})
-        return norm.in_bins(jnp, joined([found[i] for i in arrays], ids, count, "sum", len(ids)))
+        total = joined([found[i] for i in arrays], ids, count, "sum", len(ids))
+        if norm.binned:
+            return norm.in_bins(jnp, total)
+        nothing = jnp.zeros_like(total)  # a norm without bins looks into the middle one only, for NaN too
+        return jnp.stack([nothing, total, nothing]).astype(jnp.float32)
