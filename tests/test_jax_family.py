@@ -49,6 +49,7 @@ def crossings(program: Any) -> Counter[str]:
 # -- exact -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fill", ["equal", "random"])
 @pytest.mark.parametrize(
     ("shape", "axis"),
@@ -82,6 +83,7 @@ def test_two_dtypes_of_two_labels_are_not_mixed_up() -> None:
     assert {k: float(x) for k, x in gradclip.norms(tree, per=["a", "b", "b", "a"]).items()} == {"a": 5.0, "b": 13.0}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
 def test_rms_is_the_norm_by_the_root_of_the_count(scale: float) -> None:
     tree = {"w": normal(3, 4) * scale, "b": normal(7, seed=1) * scale}
@@ -101,6 +103,7 @@ def test_the_count_of_rms_may_be_a_symbol() -> None:
     assert float(exported.call([jnp.full((8, 2), 3.0)])) == 3.0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("p", [2.0, 1.0, "rms"])
 @pytest.mark.parametrize("bad", [math.nan, INF])
 def test_a_bad_float16_is_seen(bad: float, p: Any) -> None:
@@ -113,6 +116,7 @@ def test_a_bad_float16_is_seen(bad: float, p: Any) -> None:
 # -- clips -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("per", ["unit", "example"])
 def test_what_is_in_one_group_is_not_in_others(per: str, dtype: str) -> None:
@@ -171,6 +175,7 @@ def test_adaptive_clipping_by_the_formula_of_the_paper() -> None:
 # -- the clipped sum ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
 @pytest.mark.parametrize("n", [2, 7, 8])
 def test_the_clipped_sum(n: int, dtype: str) -> None:
@@ -188,6 +193,7 @@ def test_the_clipped_sum(n: int, dtype: str) -> None:
             np.testing.assert_allclose(got, np.einsum("b,b...->...", factors, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 @pytest.mark.parametrize("bound", [1e-3, 1e-25, 1e25])
 def test_one_example_adds_at_most_the_bound(bound: float, scale: float) -> None:
@@ -213,6 +219,7 @@ def test_a_clipped_sum_of_nothing(shape: tuple[int, ...]) -> None:
     assert norm.tolist() == [0.0] * shape[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_product_is_stored(dtype: str) -> None:
     """What a program keeps beside its arguments and results is far less than the gradients."""
@@ -272,6 +279,7 @@ def clipped(how: str, grads: Any, params: Any) -> Any:
     return gradclip.clip_grad_norm(grads, 0.75, "rms" if how == "rms" else 2.0, per="unit")[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["unit", "rms", "agc", "sum"])
 def test_derivatives_are_those_of_the_formula(how: str) -> None:
     jax.config.update("jax_enable_x64", True)
@@ -289,6 +297,7 @@ def test_derivatives_are_those_of_the_formula(how: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)  # of a clipped sum, the bound is a little lower
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["unit", "rms", "agc", "sum"])
 def test_derivatives_at_zeros_and_beside_nan_are_numbers(how: str) -> None:
     """Groups of zeros have the identity's derivative; and those of other examples are not those of a bad one."""
@@ -320,6 +329,7 @@ def families(all_reduce: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", families(None))
 def test_one_collective_in_shard_map(mesh: Any, how: str) -> None:
     specs = {"w": P("d"), "b": P()}
@@ -347,6 +357,7 @@ def test_examples_whose_gradients_are_spread(mesh: Any) -> None:
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_under_jit_only_reductions_cross_devices(mesh: Any, kind: str) -> None:
     """Norms of units that are spread themselves are gathered, once: numbers of groups, never of elements."""
