@@ -72,9 +72,9 @@ class Groups:
         return tuple(self.starts[k] for k in self.block)
 
     @cached_property
-    def kept(self) -> tuple[int, ...]:
-        """The leaves of which an axis is kept."""
-        return tuple(j for j, axis in enumerate(self.keep) if axis is not None)
+    def kept(self) -> dict[int, int]:
+        """The leaves of which an axis is kept, and which."""
+        return {j: axis for j, axis in enumerate(self.keep) if axis is not None}
 
     @cached_property
     def each_wide(self) -> tuple[bool, ...]:

@@ -77,7 +77,7 @@ def clipped_sum(
     (array([0.9, 1.2]), array([5. , 0.5, nan]))
     """
     p = _arguments.norm_type(norm_type)
-    if not (p == "rms" or p >= 1):
+    if isinstance(p, float) and p < 1:
         raise ValueError(f"clipped_sum takes a norm: norm_type must be at least 1, or 'rms', got {norm_type!r}")
     call = given(grads, norm_type, "example", Bounds(max_norm), nonfinite, all_reduce)
     single = any(COMPONENT_BITS[dtype_name(x)] < 64 for x in call.leaves)

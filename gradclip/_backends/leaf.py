@@ -61,7 +61,8 @@ class OneLeaf:
         # In float64, what a plain sum of narrower elements loses cannot be seen in the result.
         total = _last_axis(xp.sum) if acc == xp.float64 and not norm.binned else self._total
         reduce = total if op == "sum" else _last_axis(getattr(xp, op))
-        terms = norm.terms(xp, parts, tuple(x[:, :, None] for x in seen))
+        known = tuple([x[k, :, None] for k in range(x.shape[0])] for x in seen)
+        terms = norm.terms(xp, parts, known)
         n, rest = leaf.shape
         alike = [
             None if hasattr(x, "shape") else self._full(x * rest, acc, array_api_compat.device(leaf)) for x in terms

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from gradclip._backends.numpy import loops
+from gradclip._backends.numpy.jobs import BLOCK
 from gradclip._backends.numpy.loops import CHUNK
 from gradclip._types import Array
 
@@ -25,8 +26,6 @@ _ROWS = 64
 _FEW = 8
 #: So many columns, and so many factors, stand side by side.
 _COLUMNS, _TILE = 1 << 11, 1 << 13
-#: What one thread takes at once, in elements.
-_BLOCK = 1 << 20
 #: So many examples are added up in float32.
 _EXAMPLES = 64
 
@@ -143,9 +142,9 @@ def scaling(
         else:
             to[...] = exact(source, [step[None, some, None] for step in (shift, factor, shift)])
 
-    size = _BLOCK if simple else CHUNK
+    size = BLOCK if simple else CHUNK
     cut = zip(pieces(x, size), pieces(y, size), strict=True)
-    jobs = [partial(part, source, to, some) for (source, some), (to, _) in cut]
+    jobs: list[Callable[[], None]] = [partial(part, source, to, some) for (source, some), (to, _) in cut]
     if np.may_share_memory(y, out):
         return jobs
 
@@ -199,7 +198,7 @@ def weighted_sum(x: Array, total: Array, by: Array, shift: Array) -> None:
     Products are formed in float32 up to 32 bits. What has a factor of 0 is not looked at.
     """
     usual = (shift == 1) & (by >= 2.0**-126) & (by <= 2.0**126)
-    for i in np.flatnonzero(~usual & (by != 0)):
+    for i in np.flatnonzero(~usual & (by != 0)).tolist():
         total += x[i].astype(np.float64) * shift[i] * by[i] * shift[i]
     factors = by if x.dtype == np.float64 else by.astype(np.float32)
     runs = np.flatnonzero(np.diff(usual, prepend=False, append=False)).reshape(-1, 2)
