@@ -157,8 +157,9 @@ def grouped(flat: Flat, per: Per) -> Grouped:
             f"(key path, leaf) -> label, got {per!r}"
         )
     if isinstance(per, str | Units):
-        keep = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
-        shapes = tuple(map(_shape, leaves, keep))
+        axes = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
+        shapes = tuple(map(_shape, leaves, axes))
+        keep = tuple(None if math.prod(shape) == 1 else axis for axis, shape in zip(axes, shapes, strict=True))
         return Grouped(flat, _made(tuple(range(n)), keep, shapes, _wide(leaves, range(n), n, is_wide)), by_leaf=True)
     found = _labels(flat, per)
     flat = flat.only([i for i, label in enumerate(found) if label is not None])
