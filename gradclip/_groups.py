@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._tree import Flat
@@ -140,7 +141,8 @@ def _named(labels: Iterable[Any]) -> str:
 
 
 def _listed(lengths: Sequence[int]) -> str:
-    return ", ".join(map(str, lengths[:6])) + (", ..." if len(lengths) > 6 else "")
+    shown = ", ".join(map(str, lengths[:6]))
+    return shown if len(lengths) <= 6 else f"{shown}, ... (in all {sum(lengths)}, {crc32(str(lengths).encode()):08x})"
 
 
 def grouped(flat: Flat, per: Per) -> Grouped:
