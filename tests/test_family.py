@@ -9,13 +9,13 @@ from typing import Any
 import array_api_compat
 import numpy as np
 import pytest
-from parts import norm_at, norm_shape, parts_of, pieces
 
 import exact
 import gradclip
 from backends import Backend, leaves, np_dtype
 from exact import mpmath
 from gradclip import Units
+from parts import norm_at, norm_shape, parts_of, pieces
 
 NAN, INF = math.nan, math.inf
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, note
 from hypothesis import strategies as st
-from parts import norm_at, parts_of, pieces
 
 import exact
 from backends import Backend, leaves, np_dtype
 from exact import mpmath
 from gradclip import Units
+from parts import norm_at, parts_of, pieces
 
 #: Shapes and dtypes come from a list of layouts, so that compiling libraries compile each once.
 LAYOUTS = [
