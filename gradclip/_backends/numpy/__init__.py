@@ -208,22 +208,19 @@ class NumpyBackend(Backend):
         )
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
-        factor, shift = _both(factors, groups.count)
+        by = units.weights(*_both(factors, groups.count))
         matrices = [units.matrix(x) for x in leaves]
-        totals = [np.zeros(x.shape[1]) for x in matrices]
-        jobs = [
-            (x[:, at : at + width], total[at : at + width])
-            for x, total in zip(matrices, totals, strict=True)
-            for width in [max(1, BLOCK // max(1, len(x)))]
-            for at in range(0, x.shape[1], width)
-        ]
-        _shared(lambda job: units.weighted_sum(*job, factor, shift), jobs, leaves, "float16", "bfloat16")
+        width = max(1, 2 * BLOCK // max(1, groups.count))
+        jobs = [(i, x[:, at : at + width]) for i, x in enumerate(matrices) for at in range(0, x.shape[1], width)]
+        sums = _shared(lambda job: units.weighted_sum(job[1], by), jobs, leaves, "float16", "bfloat16")
+        parts: list[list[Array]] = [[np.zeros(0)] for _ in leaves]
+        for (i, _), total in zip(jobs, sums, strict=True):
+            parts[i].append(total)
         out = []
-        for leaf, x in zip(leaves, totals, strict=True):
-            wide = leaf.dtype.char in "dD"
-            x = self._normal(x, wide)
-            x = x.view((np.complex128 if wide else np.complex64) if leaf.dtype.kind == "c" else x.dtype)
-            out.append(x.reshape(leaf.shape[1:]))
+        for leaf, own in zip(leaves, parts, strict=True):
+            total = self._normal(np.concatenate(own), wide=leaf.dtype.char in "dD")
+            dtype = np.result_type(total, np.complex64) if leaf.dtype.kind == "c" else total.dtype
+            out.append(total.view(dtype).reshape(leaf.shape[1:]))
         return out
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:

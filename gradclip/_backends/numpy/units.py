@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,6 +57,7 @@ def pieces(x: Array, size: int) -> Iterator[tuple[Array, slice]]:
         return
     rows, units = max(1, size // (n * inner)), max(1, size // inner)
     rows -= rows % _FEW if rows > _FEW else 0
+    units = -(-n // -(-n // units))  # as many pieces, of one length
     for row in range(0, outer, rows):
         for unit in range(0, n, n if rows > 1 else units):
             some = slice(unit, min(n, unit + (n if rows > 1 else units)))
@@ -223,24 +224,43 @@ def matrix(leaf: Array) -> Array:
     return loops.real(x.reshape(len(leaf), math.prod(leaf.shape[1:])))
 
 
-def weighted_sum(x: Array, total: Array, by: Array, shift: Array) -> None:
-    """Add to `total`, which is float64, the rows of a matrix times `shift * by * shift`.
+class Weights(NamedTuple):
+    """The factors of examples: which runs of them are normal float32 numbers, and which others are not 0."""
+
+    factor: Array
+    shift: Array
+    runs: list[list[int]]
+    others: list[int]
+
+
+def weights(factor: Array, shift: Array) -> Weights:
+    usual = (shift == 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)
+    runs = (
+        [[0, len(usual)]]
+        if usual.all()
+        else np.flatnonzero(np.diff(usual, prepend=False, append=False)).reshape(-1, 2).tolist()
+    )
+    return Weights(factor, shift, runs, np.flatnonzero(~usual & (factor != 0)).tolist())
+
+
+def weighted_sum(x: Array, by: Weights) -> Array:
+    """The sum over the rows of a matrix of real numbers times `shift * factor * shift`, in float64.
 
     Products are formed in float32 up to 32 bits. What has a factor of 0 is not looked at.
     """
-    usual = (shift == 1) & (by >= 2.0**-126) & (by <= 2.0**126)
-    for i in np.flatnonzero(~usual & (by != 0)).tolist():
-        total += x[i].astype(np.float64) * shift[i] * by[i] * shift[i]
-    factors = by if x.dtype == np.float64 else by.astype(np.float32)
-    runs = np.flatnonzero(np.diff(usual, prepend=False, append=False)).reshape(-1, 2)
+    total = np.zeros(x.shape[1])
+    for i in by.others:
+        total += x[i].astype(np.float64) * by.shift[i] * by.factor[i] * by.shift[i]
+    factors = by.factor.astype(x.dtype if x.dtype == np.float64 else np.float32, copy=False)
     rows = _EXAMPLES * max(1, _at_once(x, False) // (_EXAMPLES * max(1, x.shape[1])))
-    for begin, end in runs.tolist():
+    for begin, end in by.runs:
         for i in range(begin, end, rows):
             some, f = x[i : min(i + rows, end)], factors[i : min(i + rows, end)]
             some = some if x.dtype.itemsize > 2 else some.astype(np.float32)
             whole = len(f) - len(f) % _EXAMPLES
             if whole:
                 many = np.matmul(f[:whole].reshape(-1, 1, _EXAMPLES), some[:whole].reshape(-1, _EXAMPLES, x.shape[1]))
-                total += fold(many[:, 0].astype(np.float64, copy=False))
+                total += np.add.reduce(many[:, 0], axis=0, dtype=np.float64)
             if whole < len(f):
                 total += f[whole:] @ some[whole:]
+    return total
