@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import checkify
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import derivatives, sums
+from gradclip._backends.jax import derivatives, products, sums
 from gradclip._backends.jax.arrays import devices, is_traced, placed
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
@@ -67,13 +67,22 @@ class JaxBackend(Backend):
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
         return super().partial(leaves, norm, groups, seen) if _apart(leaves) else _pass(leaves, norm, groups, seen)
 
-    def _contribution(self, leaf: Array, norm: Norm, acc: Any, seen: Seen) -> Array:
-        return _pass([leaf], norm, Groups((0,), 1, (False,)), tuple(x[:, None] for x in seen))[:, 0]
+    def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
+        shape = () if keep is None else (leaf.shape[keep],)
+        return _pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen)
 
     # -- the policy ----------------------------------------------------------------------------------------
 
-    def decide(self, norm: Norm, partials: Seen, bounds: Bounds, groups: Groups, nonfinite: Nonfinite) -> Verdict:
-        return _decide(self, norm, partials, bounds, groups, nonfinite)
+    def decide(
+        self,
+        norm: Norm,
+        partials: Seen,
+        bounds: Bounds,
+        groups: Groups,
+        nonfinite: Nonfinite,
+        relative: bool = False,
+    ) -> Verdict:
+        return _decide(self, norm, partials, bounds, groups, nonfinite, relative)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
         return derivatives.finish(norm, rows)
@@ -83,8 +92,8 @@ class JaxBackend(Backend):
 
     def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
         dtypes = [norm.dtype if wide else jnp.float32 for wide in groups.wide]  # float64 may not be enabled
-        each = derivatives.split(jnp.broadcast_to(norm, groups.count))
-        return [x.reshape(()).astype(dtype) for x, dtype in zip(each, dtypes, strict=True)]
+        each = zip(products.by_block(jnp.broadcast_to(norm, groups.count), groups), groups.shapes, dtypes, strict=True)
+        return [x.reshape(shape).astype(dtype) for x, shape, dtype in each]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
@@ -92,6 +101,13 @@ class JaxBackend(Backend):
         if _apart([*leaves, factors.factor]):
             return super().scale(leaves, factors, groups, in_place)
         return _scale(groups, list(leaves), factors)
+
+    def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
+        if not _apart([*leaves, factors.factor]):
+            return _weighted(list(leaves), factors)
+        places = map(array_api_compat.device, leaves)
+        there = [jax.tree.map(lambda x, place=place: self.move(x, place), factors) for place in places]
+        return [_weighted([x], own)[0] for x, own in zip(leaves, there, strict=True)]
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
         device = array_api_compat.device(leaf)
@@ -129,6 +145,7 @@ def _held(x: Array) -> Array:
 
 _pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
-_decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5), inline=True)
+_decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5, 6), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
+_weighted = jax.jit(derivatives.weighted, inline=True)
 _clamp = jax.jit(Backend(jnp).clamp, inline=True)

@@ -6,11 +6,11 @@ elements, the norm of each takes 0.9 s to compile so, and 1.9 s with a reduction
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax import lax
 from gradclip._backends.jax.arrays import may_be_sharded, varying
 from gradclip._dtypes import COMPONENT_BITS, dtype_name, dtype_names
 from gradclip._groups import Groups
-from gradclip._norms import Norm, Seen, SumNorm, TwoNorm, identity
+from gradclip._norms import Norm, RmsNorm, Seen, SumNorm, TwoNorm, identity
 from gradclip._parts import Parts
 from gradclip._scaled import range_of
 from gradclip._types import Array, ReduceOp
@@ -50,33 +50,56 @@ def accumulation(leaves: Sequence[Array]) -> Any:
     return jnp.float64 if wide else jnp.float32
 
 
+class Rows(NamedTuple):
+    """An array, and which group the elements at each index along one of its axes belong to."""
+
+    array: Array
+    axis: int
+    owners: Sequence[int]
+
+    @property
+    def length(self) -> Any:
+        """How many elements each index has: an int, but in `jax.export` it may be a symbol."""
+        return math.prod(n for axis, n in enumerate(self.array.shape) if axis != self.axis)
+
+
 def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
     """What the leaves contribute to the pass after those that were `seen`: an array (slots, groups)."""
     acc, op, on_mesh = accumulation(leaves), norm.ops[len(seen)], any(map(may_be_sharded, leaves))
     rows = _rows(leaves, groups, on_mesh)
-    nothing = jnp.full((norm.slots[len(seen)], groups.count), identity(op), acc)
     if not rows:
-        return nothing
-    arrays = [x for x, _ in rows]
-    ids = [group for _, owners in rows for group in owners]
+        return jnp.full((norm.slots[len(seen)], groups.count), identity(op), acc)
+    ids = np.concatenate([row.owners for row in rows])
 
     # The cast to `acc` stands in the function that adds up. Outside, the wide array would be made: for 24 million
     # bfloat16 elements the norm took 47 ms with it, and takes 1 ms.
     def found(arrays: list[Array], limit: int = SHORT) -> Array:
         limit = 0 if on_mesh else limit  # a compensated sum would gather
-        terms = []
-        for x, (_, owners) in zip(arrays, rows, strict=True):
-            known = tuple(_entries(s, owners, x.ndim) for s in seen)
-            terms.append(norm.terms(jnp, parts(x, acc), known))
-        each = [[_reduced(term, op, limit) for term in slot if term is not None] for slot in zip(*terms, strict=True)]
-        slots = zip(each, nothing, strict=True)
-        return jnp.stack([joined(slot, ids, groups.count, op, len(ids)) if slot else none for slot, none in slots])
+        these = [row._replace(array=x) for row, x in zip(rows, arrays, strict=True)]
+        terms = [norm.terms(jnp, parts(row.array, acc), tuple(_entries(s, row) for s in seen)) for row in these]
+        each = [
+            _alike(slot[0], rows, groups.count, acc)
+            if isinstance(slot[0], float)
+            else joined(
+                [reduced(x, op, limit, row.axis) for x, row in zip(slot, rows, strict=True)],
+                ids,
+                groups.count,
+                op,
+                len(ids),
+            )
+            for slot in zip(*terms, strict=True)
+        ]
+        return jnp.stack(each)
 
     def on_cpu(arrays: list[Array]) -> Array:
         if isinstance(norm, SumNorm) and acc == jnp.float32:
-            return _in_float64(norm, arrays, on_mesh, ids, groups.count)
+            these = [row._replace(array=x) for row, x in zip(rows, arrays, strict=True)]
+            bins = _in_float64(norm, these, on_mesh, ids, groups.count)
+            more = [_alike(1.0, rows, groups.count, acc)[None]] if isinstance(norm, RmsNorm) else []
+            return jnp.concatenate([bins, *more])
         return found(arrays, SHORT if PLAIN_IS_EXACT else _PROMISED)
 
+    arrays = [row.array for row in rows]
     return lax.platform_dependent(arrays, cpu=on_cpu, default=found) if op == "sum" else found(arrays)
 
 
@@ -87,24 +110,30 @@ def parts(x: Array, acc: Any) -> Parts:
     return (x.astype(acc),)
 
 
-def _rows(leaves: Sequence[Array], groups: Groups, on_mesh: bool) -> list[tuple[Array, list[int]]]:
-    """Arrays of one dtype each, and which group the elements at each index of the first axis belong to.
+def _rows(leaves: Sequence[Array], groups: Groups, on_mesh: bool) -> list[Rows]:
+    """All elements, in arrays of one dtype each.
 
-    Short leaves of one group are strung together, and short rows of one length stacked.
+    Short leaves of one group are strung together, and short rows of one length stacked. One of which an axis is kept
+    stays as it is: to bring that axis to the front would copy it.
     On a mesh, leaves that are spread in different ways would be gathered so: there they stay apart, unless they are too
     many. Leaves are kept apart that JAX's types keep apart (varying axes, explicit shardings).
     """
     alone = on_mesh and len(leaves) <= _ALONE
     strings: dict[Any, list[Array]] = defaultdict(list)
-    for i, (leaf, group) in enumerate(zip(leaves, groups.base, strict=True)):
-        if 0 not in leaf.shape:
+    kept = []
+    for i, (leaf, keep, group) in enumerate(zip(leaves, groups.keep, groups.base, strict=True)):
+        if 0 in leaf.shape:
+            continue
+        if keep is not None:
+            kept.append(Rows(leaf, keep, range(group, group + leaf.shape[keep])))
+        else:
             strung = is_short(leaf) and not on_mesh
             key = (group, leaf.dtype, varying(leaf)) if strung else (group, i)
             strings[key].append(leaf.reshape(-1) if strung else leaf)
     pieces = [string[0] if len(string) == 1 else jnp.concatenate(string) for string in strings.values()]
     owners = [group for group, *_ in strings]
     together = [[i] for i in range(len(pieces))] if alone else stacks(pieces)
-    return [(jnp.stack([pieces[i] for i in some]), [owners[i] for i in some]) for some in together]
+    return [Rows(jnp.stack([pieces[i] for i in some]), 0, [owners[i] for i in some]) for some in together] + kept
 
 
 def is_short(x: Array) -> bool:
@@ -120,16 +149,30 @@ def stacks(arrays: Sequence[Array]) -> list[list[int]]:
     return [some[i : i + _STACK] for some in found.values() for i in range(0, len(some), _STACK)]
 
 
-def _entries(seen: Array, groups: list[int], ndim: int) -> Array:
-    """The slots of these groups, to broadcast against rows."""
-    found = seen[:, np.asarray(groups) % seen.shape[1]]
-    return found.reshape(*found.shape, *(1,) * (ndim - 1))
+def _entries(seen: Array, row: Rows) -> Array:
+    """The slots of these groups, to broadcast against the array."""
+    first, n = row.owners[0] % seen.shape[1], len(row.owners)
+    is_range = isinstance(row.owners, range)
+    found = seen[:, first : first + n] if is_range else seen[:, np.asarray(row.owners) % seen.shape[1]]
+    shape = [1] * row.array.ndim
+    shape[row.axis] = n
+    return found.reshape(-1, *shape)
 
 
-def _reduced(x: Array, op: ReduceOp, limit: int) -> Array:
-    """One number for each row. In sums of up to `limit`, the rounding errors are added up beside."""
-    axes = tuple(range(1, x.ndim))
-    if op == "sum" and all(isinstance(n, int) for n in x.shape) and 1 < x.size // x.shape[0] <= limit:
+def _alike(value: float, rows: list[Rows], count: int, acc: Any) -> Array:
+    """What each group gets of elements that add `value` each: counted on the host, in integers."""
+    sizes: Array = np.zeros(count, object)
+    for row in rows if value else ():
+        np.add.at(sizes, np.asarray(row.owners), row.length)
+    if all(isinstance(n, int) for n in sizes):
+        return jnp.asarray(np.asarray(value * sizes, acc))
+    return value * jnp.stack([jnp.asarray(n).astype(acc) for n in sizes])
+
+
+def reduced(x: Array, op: ReduceOp, limit: int, axis: int = 0) -> Array:
+    """One number for each index along an axis. In sums of up to `limit`, the rounding errors are added up beside."""
+    axes = tuple(i for i in range(x.ndim) if i != axis)
+    if op == "sum" and all(isinstance(n, int) for n in x.shape) and 1 < x.size // x.shape[axis] <= limit:
         zero = np.zeros((), x.dtype)
         s, rest = lax.reduce((x, jnp.zeros_like(x)), (zero, zero), _two_sum, axes)
         return jnp.where(jnp.isfinite(rest), s + rest, s)
@@ -137,16 +180,17 @@ def _reduced(x: Array, op: ReduceOp, limit: int) -> Array:
     return reduce(x, axis=axes)
 
 
-def joined(columns: list[Array], ids: list[int], count: int, op: ReduceOp, limit: int) -> Array:
-    """The columns of each group as one: looked up in a table, never scattered. `limit` is that of `_reduced`."""
+def joined(columns: list[Array], ids: Array, count: int, op: ReduceOp, limit: int) -> Array:
+    """The columns of each group as one: looked up in a table, never scattered. `limit` is that of `reduced`."""
     x = jnp.concatenate(columns)
-    members: list[list[int]] = [[] for _ in range(count)]
-    for i, group in enumerate(ids):
-        members[group].append(i)
-    table = np.array([*zip_longest(*members, fillvalue=len(ids))], np.int32).T
-    if not np.array_equal(table.ravel(), np.arange(len(ids))):
-        x = jnp.append(x, jnp.full((1,), identity(op), x.dtype))[table.ravel()]
-    return _reduced(x.reshape(table.shape), op, limit)
+    sizes, order = np.bincount(ids, minlength=count), np.argsort(ids, kind="stable")
+    table = np.full((count, sizes.max()), len(ids), np.int32)
+    table[ids[order], np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)] = order
+    for by_group, axis in ((table, 0), (table.T, 1)):  # one group after the other; or all groups, again and again
+        if np.array_equal(by_group.ravel(), np.arange(len(ids))):
+            return reduced(x.reshape(by_group.shape), op, limit, axis)
+    x = jnp.append(x, jnp.full((1,), identity(op), x.dtype))[table.ravel()]
+    return reduced(x.reshape(table.shape), op, limit)
 
 
 def _two_sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -158,25 +202,30 @@ def _two_sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Arr
     return s, lax.add(rest, lax.add(x_rest, y_rest))
 
 
-def _in_float64(norm: SumNorm, arrays: list[Array], on_mesh: bool, ids: list[int], count: int) -> Array:
-    """The partial of rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled.
+def _in_float64(norm: SumNorm, rows: list[Rows], on_mesh: bool, ids: Array, count: int) -> Array:
+    """The bins of rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled.
 
     That needs no bins. 25 million elements on 2 cores: 5 to 8 ms, the plain sum in float32 3 ms, in bins 102 ms. So
     long leaves are tried with a plain sum, and take more only where one left the safe range. To look takes 0.1 ms.
     """
 
     def sums(arrays: dict[int, Array], acc: Any = jnp.float64) -> dict[int, Array]:
-        terms = {i: [norm.term(jnp, these) for these in norm.apart(parts(x, acc))] for i, x in arrays.items()}
-        each = {i: [jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in some] for i, some in terms.items()}
-        return {i: sum(x[1:], x[0]).astype(jnp.float64) for i, x in each.items()}
+        found = {}
+        for i, x in arrays.items():
+            each = [norm.term(jnp, these) for these in norm.apart(parts(x, acc))]
+            total = [reduced(term, "sum", 0, rows[i].axis) for term in each]
+            found[i] = sum(total[1:], total[0]).astype(jnp.float64)
+        return found
 
     quick = PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh
-    tried = {i: x for i, x in enumerate(arrays) if quick and len(x) == 1 and not is_short(x)}
+    arrays = {i: row.array for i, row in enumerate(rows)}
+    one_each = {i for i, row in enumerate(rows) if len(row.owners) == 1 or isinstance(row.owners, range)}
+    tried = {i: x for i, x in arrays.items() if quick and i in one_each and not is_short(x)}
     with jax.enable_x64(True):
         found = sums(tried, jnp.float32)
         if tried and norm.binned:
             plain, r = jnp.concatenate(list(found.values())), range_of(jnp.float32(0))
             safe = jnp.all(jnp.logical_and(plain >= r.thin, plain <= r.huge**2))
             found = lax.cond(safe, lambda tried, found: found, lambda tried, found: sums(tried), tried, found)
-        found |= sums({i: x for i, x in enumerate(arrays) if i not in tried})
-        return norm.in_bins(jnp, joined([found[i] for i in range(len(arrays))], ids, count, "sum", len(ids)))
+        found |= sums({i: x for i, x in arrays.items() if i not in tried})
+        return norm.in_bins(jnp, joined([found[i] for i in arrays], ids, count, "sum", len(ids)))
