@@ -141,11 +141,9 @@ def main():
     (without, _, guessed), (with_agc, _, learnt) = runs.values()
     fails = not without[-TAIL:].mean() < 0.9 * GUESSING and guessed < 0.2  # NaN is a failure too
     learns = with_agc[-TAIL:].mean() < 0.1 * GUESSING and learnt > 0.9
-    print(
-        f"at a rate of {args.rate:g} the unclipped run {'fails' if fails else 'does not fail'}, the clipped one",
-        end=" ",
-    )
-    print(f"{'learns' if learns else 'does not learn'}: the claim {'held' if fails and learns else 'did not hold'}")
+    outcome = f"the unclipped run {'fails' if fails else 'does not fail'}, the clipped one"
+    outcome += " learns" if learns else " does not learn"
+    print(f"at a rate of {args.rate:g} {outcome}: the claim {'held' if fails and learns else 'did not hold'}")
     return 0 if fails and learns else 1
 
 

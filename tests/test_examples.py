@@ -20,9 +20,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
     "compare.py",
     "cupy_pipeline.py",
+    "jax_private_train.py",
     "jax_sharded_train.py",
     "jax_train_step.py",
     "mpi_numpy.py",
+    "numpy_agc.py",
     "numpy_char_rnn.py",
 }
 
@@ -77,6 +79,66 @@ def test_numpy_char_rnn(tmp_path):
     assert len(data) > 10_000
     assert plot.parent == tmp_path
     assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
+
+
+@pytest.mark.library("numpy")
+def test_numpy_agc(tmp_path):
+    needs("sklearn", "matplotlib")
+    plot = tmp_path / "tmp.png"
+    done = python(EXAMPLES / "numpy_agc.py", "--plot", plot, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    without, clipped = numbers(r"loss \S+ -> (\S+),", done.stdout)
+    assert not without < 2
+    assert clipped < 0.3
+    guessed, learnt = numbers(r"test accuracy (\S+),", done.stdout)
+    assert guessed < 0.2
+    assert learnt > 0.9
+    assert done.stdout.rstrip().endswith("the claim held")
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
+
+
+@pytest.mark.library("numpy")
+def test_numpy_agc_at_a_rate_that_needs_no_clipping(tmp_path):
+    """The status is 1 where the claim did not hold, and no plot is drawn unless asked for."""
+    needs("sklearn")
+    done = python(EXAMPLES / "numpy_agc.py", "--rate", "0.03", "--steps", "150", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.rstrip().endswith("the claim did not hold")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.library("jax")
+def test_jax_private_train(tmp_path):
+    needs("jax", "optax", "sklearn", "dp_accounting")
+    done = python(EXAMPLES / "jax_private_train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quiet, noisy = numbers(r"test (\d\.\d+);", done.stdout)
+    assert quiet > noisy > 0.8
+    epsilon, delta = map(float, re.search(r"^epsilon (\S+) at delta (\S+):", done.stdout, re.M).groups())
+    assert 1 < epsilon < 8
+    assert delta == 1e-4
+    (overflow,) = numbers(r"counted into delta: (\S+)", done.stdout)
+    assert overflow < 1e-12
+
+
+@pytest.mark.library("jax")
+def test_jax_private_train_refuses_batches_that_may_not_fit(tmp_path):
+    needs("jax", "optax", "sklearn", "dp_accounting")
+    done = python(EXAMPLES / "jax_private_train.py", "--batch", "230", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "too large a batch: a draw may not fit into 256 slots" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.library("jax")
+def test_jax_private_train_without_the_accountant(tmp_path):
+    needs("jax", "optax", "sklearn")
+    path = str(EXAMPLES / "jax_private_train.py")
+    done = python("-c", RUNNER.format(preparation="sys.modules['dp_accounting'] = None", path=path), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "needs dp-accounting: pip install" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.library("jax")
