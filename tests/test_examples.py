@@ -250,15 +250,28 @@ def test_compare(tmp_path):
 
 @pytest.mark.library("numpy")
 @pytest.mark.parametrize(
-    ("answer", "cell"),
+    ("name", "answer", "row"),
     [
-        ("Clipped([x * (1 + 1e-5) for x in out.grads], out.norm)", "wrong values"),
-        ("Clipped(out.grads, out.norm * (1 + 1e-5))", "norm 0.001% high"),
-        ("Clipped([x * 0 for x in out.grads], out.norm)", "zeros"),
-        ("1 / 0", "error"),
+        ("clip_grad_norm", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"float16 \[300, 400\]  +ok$"),
+        ("clip_grad_norm", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"\[1e20, 1e20\] +wrong values$"),
+        ("clip_grad_norm", "Clipped(out[0], out.norm * (1 + 1e-5))", r"0-d leaf 5 +norm 0.001% high$"),
+        ("clip_grad_norm", "Clipped([x * 0 for x in out[0]], out.norm)", r"\[1e20, 1e20\] +zeros$"),
+        ("clip_grad_norm", "1 / 0", r"leaf: \[1e20, 1e20\], .* error$"),
+        ("clip_grad_norm", "right(*args)", r"leaf: \[1e20, 1e20\], .* norms misshapen$"),
+        ("clip_grad_norm", "right(args[0], args[1], 2, per='leaf')", r"rms: float16 .* norm 41% high$"),
+        ("clip_grad_agc", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"agc: \[1e20, .* wrong values$"),
+        ("clip_grad_agc", "right(*args, per='leaf')", r"agc: one NaN: .* norms misshapen$"),
+        ("clip_grad_agc", "Clipped([x[:, ::-1] for x in out[0]], out.norm)", r"agc: one NaN: .* finite left$"),
+        ("clipped_sum", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"example: \[1e20, .* wrong values$"),
+        (
+            "clipped_sum",
+            "Clipped([x * (1 + 3e-6) for x in out[0]], out.norm)",
+            r"example: one alone: .* over the bound$",
+        ),
+        ("clipped_sum", "right(*args, nonfinite='propagate')", r"example: one NaN: .* nan$"),
     ],
 )
-def test_compare_tells_a_wrong_answer(tmp_path, answer, cell):
+def test_compare_tells_a_wrong_answer(tmp_path, name, answer, row):
     """The yardstick itself: a gradclip made wrong on purpose, alone in the table, is found out."""
     needs("mpmath", "ml_dtypes")
     wrong = tmp_path / "wrong.py"
@@ -267,14 +280,14 @@ def test_compare_tells_a_wrong_answer(tmp_path, answer, cell):
         "from gradclip import Clipped\n"
         "class Absent:\n"
         "    def find_spec(name, path=None, target=None):\n"
-        "        if name in ('jax', 'torch', 'optax', 'tensorflow', 'mlx'):\n"
+        "        if name in ('jax', 'torch', 'optax', 'tensorflow', 'keras', 'mlx'):\n"
         "            raise ImportError(f'{name} is not there')\n"
         "sys.meta_path.insert(0, Absent)\n"
-        "right = gradclip.clip_grad_norm\n"
-        "def clip_grad_norm(*args):\n"
-        "    out = right(*args)\n"
+        f"right = gradclip.{name}\n"
+        "def wrong(*args, **options):\n"
+        "    out = right(*args, **options)\n"
         f"    return {answer}\n"
-        "gradclip.clip_grad_norm = clip_grad_norm\n"
+        f"gradclip.{name} = wrong\n"
     )
     preparation = "sys.path.insert(0, '.'); import wrong"
     path = str(EXAMPLES / "compare.py")
@@ -282,7 +295,7 @@ def test_compare_tells_a_wrong_answer(tmp_path, answer, cell):
     assert done.returncode == 1, done.stdout + done.stderr
     table, footer = done.stdout.split("\n\n", 1)
     assert table.splitlines()[0].split() == ["gradclip", "numpy"]
-    assert cell in table
+    assert re.search(f"^{row}", table, re.MULTILINE), table
     assert re.search(r"Not compared: .*torch \(ImportError: torch is not there\)", footer), footer
     right, rows = map(int, re.search(r"gradclip: (\d+) of (\d+) right$", footer.strip()).groups())
     assert right < rows
