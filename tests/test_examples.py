@@ -141,6 +141,16 @@ def test_jax_private_train_without_the_accountant(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.library("numpy")
+def test_the_picture_of_which_clip(tmp_path):
+    needs("matplotlib")
+    plot = tmp_path / "tmp.png"
+    done = python(EXAMPLES.parent / "docs" / "which_clip.py", plot, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
+
+
 @pytest.mark.library("jax")
 def test_jax_train_step(tmp_path):
     needs("jax", "optax", "sklearn")
