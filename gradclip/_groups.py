@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._tree import Flat
@@ -140,7 +141,8 @@ def _named(labels: Iterable[Any]) -> str:
 
 
 def _listed(lengths: Sequence[int]) -> str:
-    return ", ".join(map(str, lengths[:6])) + (", ..." if len(lengths) > 6 else "")
+    shown = ", ".join(map(str, lengths[:6]))
+    return shown if len(lengths) <= 6 else f"{shown}, ... (in all {sum(lengths)}, {crc32(str(lengths).encode()):08x})"
 
 
 def grouped(flat: Flat, per: Per) -> Grouped:
@@ -157,8 +159,9 @@ def grouped(flat: Flat, per: Per) -> Grouped:
             f"(key path, leaf) -> label, got {per!r}"
         )
     if isinstance(per, str | Units):
-        keep = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
-        shapes = tuple(map(_shape, leaves, keep))
+        axes = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
+        shapes = tuple(map(_shape, leaves, axes))
+        keep = tuple(None if math.prod(shape) == 1 else axis for axis, shape in zip(axes, shapes, strict=True))
         return Grouped(flat, _made(tuple(range(n)), keep, shapes, _wide(leaves, range(n), n, is_wide)), by_leaf=True)
     found = _labels(flat, per)
     flat = flat.only([i for i, label in enumerate(found) if label is not None])

@@ -159,7 +159,7 @@ def on(device: Any) -> AbstractContextManager[Any]:
 
 def entries(row: Array, start: int, n: int) -> Array:
     """The numbers of n groups, from a row of all groups, or 0-d from one number for all."""
-    if row.ndim and row.shape[0] > 1:
+    if row.ndim and row.shape[0] != 1:
         return row[start : start + n]
     return row[0] if row.ndim else row
 

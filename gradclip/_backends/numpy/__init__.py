@@ -188,7 +188,11 @@ class NumpyBackend(Backend):
                 own = slice(group, group + groups.lengths[block])
                 if leaf.size and changes[own].any():
                     outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
-                    jobs += units.scaling(leaf, out, keep, factor[own], shift[own], wide, self._scaled)
+                    row = factor[own] if wide or leaf.dtype.char in "dD" else single[own]
+                    narrow = leaf.dtype.itemsize == 2 and (wide or row.max() > 1)  # bit operations see no overflow
+                    simple = plain[own].all() and not narrow
+                    steps = (row,) if simple else (shift[own], factor[own], shift[own])
+                    jobs += units.scaling(leaf, out, keep, steps, self._scaled)
             elif is_changed[group]:
                 outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
                 row = rows.get(leaf.dtype) if is_plain[group] and leaf.size <= BLOCK else None
