@@ -92,8 +92,8 @@ class JaxBackend(Backend):
 
     def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
         dtypes = [norm.dtype if wide else jnp.float32 for wide in groups.wide]  # float64 may not be enabled
-        each = zip(products.by_block(jnp.broadcast_to(norm, groups.count), groups), groups.shapes, dtypes, strict=True)
-        return [x.reshape(shape).astype(dtype) for x, shape, dtype in each]
+        each = products.by_block([jnp.broadcast_to(norm, groups.count)], groups)
+        return [x.reshape(shape).astype(dtype) for (x,), shape, dtype in zip(each, groups.shapes, dtypes, strict=True)]
 
     # -- clipping ------------------------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ def _scaled_jvp(groups: Groups, primals: Any, tangents: Any) -> Any:
     (leaves, factors), (d_leaves, relative) = primals, tangents
     outs = scaled(groups, leaves, factors)
     absolute = factors._replace(factor=_absolute(factors.factor))
-    rows = list(zip(*(products.by_block(x, groups) for x in (relative.factor, *absolute.steps)), strict=True))
+    rows = products.by_block([relative.factor, *absolute.steps], groups)
 
     def slope(out: Array, d_leaf: Array, block: int, keep: int | None) -> Array:
         # Not by bits: this is linear in the tangents, and is transposed.

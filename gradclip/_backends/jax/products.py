@@ -5,7 +5,7 @@ What is multiplied are `rows`, one number a group each: whether the factor is 1,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -29,8 +29,8 @@ FEW = 32
 _AT_ONCE = 2
 
 
-def split(x: Array) -> list[Array]:
-    """The entries along the first axis, of which each keeps a length of 1.
+def split(x: Array, sure: Array | None = None) -> list[Array]:
+    """The entries along the first axis, of which each keeps a length of 1. `sure`: see `_surely`.
 
     XLA's CPU compiler makes a kernel for each constant offset, in 10 to 20 ms. So there a long axis is cut into blocks
     of 100, and these into blocks of 10, with conditions between that it joins no cuts across: blocks share kernels.
@@ -40,24 +40,52 @@ def split(x: Array) -> list[Array]:
         return [y for x in some for y in lax.split(x, [min(size, len(x) - i) for i in range(0, len(x), size)])]
 
     def in_blocks(some: list[Array]) -> list[Array]:
-        first = x[(0,) * x.ndim]
-        for size in (1000, 100, 10):
+        condition = _surely(x) if sure is None else sure
+        for size in (1000, 100, 10, 1):
             if size < len(x):
                 cut = partial(blocks, size=size)
-                some = lax.cond(first == first, cut, cut, some)
-        return blocks(some, 1)
+                some = lax.cond(condition, cut, cut, some)
+        return some
 
     if len(x) <= FEW:
         return blocks([x], 1)
     return lax.platform_dependent([x], cpu=in_blocks, default=partial(blocks, size=1))
 
 
-def by_block(row: Array, groups: Groups) -> list[Array]:
-    """A row of all groups as one of each block, or the one number for all as each."""
-    row = row.reshape(-1)
-    if len(row) != groups.count or groups.count == 1:
-        return [row] * len(groups.shapes)
-    return split(row) if set(groups.lengths) == {1} else lax.split(row, groups.lengths)
+def _surely(x: Array) -> Array:
+    """True, which the compiler does not know, so that it joins nothing across a condition on it. x: real numbers."""
+    first = x[(0,) * x.ndim]
+    return first == first if jnp.iscomplexobj(x) else jnp.logical_not(jnp.logical_and(first < 0, first > 0))
+
+
+def by_block(rows: Sequence[Array], groups: Groups) -> list[list[Array]]:
+    """The numbers of each block, from rows of all groups, or of one number for all.
+
+    To XLA's CPU compiler, kernels are alike where the offset is no constant. 161 blocks of a ResNet-50's units and
+    their products with leaves take 9 s to compile with constant ones, and 3 with those that are read from an array.
+    """
+    rows, n = [row.reshape(-1) for row in rows], groups.count
+    if n == 1 or any(len(row) != n for row in rows):
+        return [[row[:1] for row in rows]] * len(groups.shapes)
+
+    def straight(rows: list[Array]) -> list[Array]:
+        return [part for row in rows for part in lax.split(row, groups.lengths)]
+
+    def in_blocks(rows: list[Array]) -> list[Array]:
+        if set(groups.lengths) == {1}:
+            return [part for row in rows for part in split(row)]
+        sure = _surely(rows[-1])
+        starts = split(np.asarray(groups.starts, np.int32) + jnp.logical_not(sure).astype(jnp.int32), sure)
+
+        def cut(rows: list[Array], starts: list[Array]) -> list[Array]:
+            each = list(zip(starts, groups.lengths, strict=True))
+            return [lax.dynamic_slice(row, (i.reshape(()),), (n,)) for row in rows for i, n in each]
+
+        return lax.cond(sure, cut, lambda rows, _: [row[:n] for row in rows for n in groups.lengths], rows, starts)
+
+    few = len(groups.shapes) <= FEW
+    parts = straight(rows) if few else lax.platform_dependent(rows, cpu=in_blocks, default=straight)
+    return [parts[i :: len(groups.shapes)] for i in range(len(groups.shapes))]
 
 
 def shaped(row: Array, leaf: Array, keep: int | None) -> Array:
@@ -75,30 +103,23 @@ def _rows(factors: Factors) -> tuple[Array, ...]:
 def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
     """Every element times the factor of its group."""
 
-    def alone(which: Iterable[int], leaves: list[Array], rows: tuple[Array, ...]) -> dict[int, Array]:
-        by = list(zip(*(by_block(row, groups) for row in rows), strict=True))
-        return {
-            i: _scaled(leaves[i], *(shaped(x, leaves[i], groups.keep[i]) for x in by[groups.block[i]])) for i in which
-        }
-
     def one_by_one(leaves: list[Array], *rows: Array) -> list[Array]:
-        return list(alone(range(len(leaves)), leaves, rows).values())
+        by = by_block(rows, groups)
+        each = zip(leaves, groups.block, groups.keep, strict=True)
+        return [_scaled(leaf, *(shaped(x, leaf, keep) for x in by[block])) for leaf, block, keep in each]
 
     def in_stacks(leaves: list[Array], *rows: Array) -> list[Array]:
-        out = alone(groups.kept, leaves, rows) if groups.kept else {}
-        whole = [i for i in range(len(leaves)) if i not in out]
-        stacks = [[whole[i] for i in some] for some in sums.stacks([leaves[i] for i in whole])]
-        order = np.array([groups.base[i] for some in stacks for i in some], int)
+        out, stacks = list(leaves), sums.stacks(leaves)
+        order = np.array([groups.base[i] for some in stacks for i in some])
         by = zip(*(lax.split(row[order, None], list(map(len, stacks))) for row in rows), strict=True)
         for some, these in zip(stacks, by, strict=True):
             x = jnp.stack([leaves[i].reshape(-1) for i in some])
-            these = these if len(some) > 1 else tuple(row.reshape(()) for row in these)
             for i, leaf in zip(some, split(_scaled(x, *these)), strict=True):
                 out[i] = leaf.reshape(leaves[i].shape)
-        return [out[i] for i in range(len(leaves))]
+        return out
 
     rows = _rows(factors)
-    if factors.factor.size <= FEW or any(map(may_be_sharded, leaves)):
+    if factors.factor.size <= FEW or groups.kept or any(map(may_be_sharded, leaves)):
         return one_by_one(leaves, *rows)
     return lax.platform_dependent(leaves, *rows, cpu=in_stacks, default=one_by_one)
 
@@ -110,6 +131,8 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
 @jax.jit
 def _scaled(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
     """Under a `jit` of its own it is traced once for all leaves of one type."""
+    if keep.size == 1:
+        keep, nothing, steps = jax.tree.map(lambda x: x.reshape(()), (keep, nothing, steps))
     acc = np.result_type(leaf.dtype, steps[0].dtype)
     by_bits = leaf.dtype == jnp.bfloat16 and acc == jnp.float32
     product = _widened(leaf) if by_bits else leaf.astype(acc)
@@ -131,13 +154,18 @@ def _widened(x: Array) -> Array:
 def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
     """The sum over axis 0 of every leaf, each example times its factor.
 
-    XLA fuses products with their sum, but not on the CPU: there each leaf would be written out, so examples are added
-    up in a loop. 256 examples of 1e5 parameters take 7 ms so, and 59 without (`lax.dot_general`: 6, but it has no
-    selection: 0 * NaN is NaN).
+    XLA fuses products with their sum (on GPUs it writes out those of leaves of a few thousand parameters, which it
+    finds faster), but not on the CPU: there examples are added up in a loop. 256 of 1e5 parameters take 5 ms so, and 59
+    without. (`lax.dot_general`: 6, but it has no selection: 0 * NaN is NaN.)
     """
 
+    wide = [COMPONENT_BITS[dtype_name(leaf)] == 64 for leaf in leaves]
+
+    def rounded(totals: Iterable[Array]) -> list[Array]:
+        return [_normal(x, jnp.float64 if is_wide else jnp.float32) for x, is_wide in zip(totals, wide, strict=True)]
+
     def at_once(leaves: list[Array], *rows: Array) -> list[Array]:
-        return [jnp.sum(_product(x, *(shaped(row, x, 0) for row in rows)), axis=0) for x in leaves]
+        return rounded(jnp.sum(_product(x, *(shaped(row, x, 0) for row in rows)), axis=0) for x in leaves)
 
     def in_a_loop(leaves: list[Array], *rows: Array) -> list[Array]:
         n = len(leaves[0])
@@ -145,8 +173,12 @@ def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
 
         def some(i: Any, count: int, arrays: list[Array]) -> list[Array]:
             """The sums of `count` examples from the i-th on."""
-            by = [[row[i + k] for row in each] for k in range(count)]
-            return [reduce(jnp.add, [_product(x[i + k], *by[k]) for k in range(count)]) for x in arrays]
+            by = [[lax.dynamic_index_in_dim(row, i + k, keepdims=False) for row in each] for k in range(count)]
+            terms = [
+                [_product(lax.dynamic_index_in_dim(x, i + k, keepdims=False), *by[k]) for k in range(count)]
+                for x in arrays
+            ]
+            return [reduce(lax.add, those) for those in terms]
 
         def body(k: Any, totals: list[Array]) -> list[Array]:
             # Behind a barrier: XLA would take the cast of narrow leaves out of the loop, and write it out.
@@ -154,17 +186,14 @@ def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
             return [x + y for x, y in zip(totals, some(first + k * _AT_ONCE, _AT_ONCE, arrays), strict=True)]
 
         first = (n - 1) % _AT_ONCE + 1
-        return lax.fori_loop(0, (n - first) // _AT_ONCE, body, some(0, first, leaves))
+        return rounded(lax.fori_loop(0, (n - first) // _AT_ONCE, body, some(0, first, leaves)))
 
     _, *rows = _rows(factors)
     if not leaves:
         return []
     if len(leaves[0]) <= _AT_ONCE or any(map(may_be_sharded, leaves)):
-        found = at_once(leaves, *rows)
-    else:
-        found = lax.platform_dependent(leaves, *rows, cpu=in_a_loop, default=at_once)
-    wide = [COMPONENT_BITS[dtype_name(leaf)] == 64 for leaf in leaves]
-    return [_normal(x, jnp.float64 if is_wide else jnp.float32) for x, is_wide in zip(found, wide, strict=True)]
+        return at_once(leaves, *rows)
+    return lax.platform_dependent(leaves, *rows, cpu=in_a_loop, default=at_once)
 
 
 def _normal(x: Array, dtype: Any) -> Array:
