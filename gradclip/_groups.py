@@ -44,8 +44,8 @@ class Groups:
     """Which group each element is in. Groups stand in blocks: those whose norms come back as one array.
 
     Leaf j is in block `block[j]`, of which `base[j]` is the first group: element i is in group `base[j] + i[keep[j]]`,
-    in `base[j]` itself where `keep[j]` is None. `shapes`: those of each block's norms. `wide`: which blocks have float64
-    norms, for an element has 64-bit components.
+    in `base[j]` itself where `keep[j]` is None. `shapes`: those of each block's norms. `wide`: which blocks have
+    float64 norms, for an element has 64-bit components.
     """
 
     block: tuple[int, ...]
@@ -223,7 +223,7 @@ def _known(flat: Flat, keep: Sequence[int | None]) -> None:
     for i, (x, axis) in enumerate(zip(flat.values, keep, strict=True)):
         if axis is not None and not isinstance(x.shape[axis], int):
             raise ValueError(
-                f"{flat.paths()[i]} has length {x.shape[axis]} along axis {axis}: how many groups there are must be known"
+                f"{flat.paths()[i]} has length {x.shape[axis]} along axis {axis}: the number of groups must be known"
             )
 
 

@@ -277,7 +277,7 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
         "layer",
         1.0,
         ValueError,
-        r"per must be None, 'leaf', 'unit', 'example', gradclip.Units\(axis\), a tree of labels or a function .* got 'layer'",
+        r"per must be None, 'leaf', 'unit', 'example', gradclip.Units\(axis\), a tree of labels or .* got 'layer'",
     ),
     "a tree that does not fit": (
         {"enc": 1},

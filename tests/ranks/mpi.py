@@ -138,7 +138,7 @@ def groups() -> None:
 
 
 def family() -> None:
-    """Units and examples of which every rank holds a part: one collective of slots x groups; AGC and the sum likewise."""
+    """Units and examples of which every rank holds a part: one collective; AGC and the sum of examples likewise."""
     rng = np.random.default_rng(11)
     whole = rng.standard_normal((3, 4 * size, 2)).astype(np.float32)
     params = rng.standard_normal(whole.shape).astype(np.float32) / 4

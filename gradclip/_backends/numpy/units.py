@@ -34,7 +34,7 @@ _EXAMPLES = 64
 
 
 def view(leaf: Array, keep: int, *others: Array) -> tuple[Array, ...]:
-    """A leaf as (outer, n, inner), and others of its shape: their own memory where each is in one piece, else copies."""
+    """A leaf as (outer, n, inner), and others of its shape: their own memory if each is in one piece, else copies."""
     arrays, axis = (leaf, *others), keep
     if not all(map(_in_one_piece, arrays)):
         order = sorted(range(leaf.ndim), key=lambda axis: -abs(leaf.strides[axis]))
