@@ -48,6 +48,8 @@ class JaxBackend(Backend):
             step = RANGES[np.dtype(acc).name].step
             mantissas, exponents = np.array([host_split(x, step) for x in value], acc).T
             found = Scaled(mantissas, exponents if exponents.any() else None)
+        elif isinstance(value, jax.Array) and acc == jnp.float32 and value.dtype != jnp.float64:
+            found = Scaled(self.move(value, device).astype(acc), np.zeros(value.shape, acc))  # by no hidden copy
         else:
             found = super().number(value, acc, device)
         return found if is_traced(*jax.tree.leaves(found)) else placed(found, device)

@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial as partial_
+from functools import partial as with_
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +93,7 @@ def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> 
         return jnp.stack(each)
 
     def in_float64(arrays: list[Array], quick: bool = False) -> Array:
+        assert isinstance(norm, SumNorm)
         these = [row._replace(array=x) for row, x in zip(rows, arrays, strict=True)]
         bins = _in_float64(norm, these, quick, ids, groups.count)
         more = [_alike(1.0, rows, groups.count, acc)[None]] if isinstance(norm, RmsNorm) else []
@@ -103,8 +104,8 @@ def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> 
         return found(arrays)
     if not isinstance(norm, SumNorm) or acc != jnp.float32:
         longest = SHORT if PLAIN_IS_EXACT else _PROMISED
-        return lax.platform_dependent(arrays, cpu=partial_(found, limit=longest), default=found)
-    on_cpu = partial_(in_float64, quick=PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh)
+        return lax.platform_dependent(arrays, cpu=with_(found, limit=longest), default=found)
+    on_cpu = with_(in_float64, quick=PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh)
     # XLA's GPU compiler writes out what it is to add up along a leading axis, where that is more than a square.
     on_gpu = {"cuda": in_float64, "rocm": in_float64} if groups.kept else {}
     return lax.platform_dependent(arrays, cpu=on_cpu, **on_gpu, default=found)
