@@ -133,9 +133,9 @@ def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engin
     -----
     One `Allreduce` of 5 float64 numbers and the partial, 16 in all for one group; twice that for p outside 0, 1, 2,
     inf, -inf. A call with another number of groups than the last one takes one more. MPI promises the same result on
-    all ranks, so the factor is the same bit for bit. A norm is float64 on all ranks if a leaf of its group is on any. ``nonfinite="error"`` raises on all ranks and names
-    rank and key path, by one `allgather` more in that case only. A rank that raises or dies by itself leaves the
-    others waiting: ``python -m mpi4py`` ends them all.
+    all ranks, so the factor is the same bit for bit. A norm is float64 on all ranks if a leaf of its group is on any.
+    ``nonfinite="error"`` raises on all ranks and names rank and key path, by one `allgather` more in that case only. A
+    rank that raises or dies by itself leaves the others waiting: ``python -m mpi4py`` ends them all.
 
     Examples
     --------
