@@ -178,7 +178,8 @@ def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
 
         def body(k: Any, totals: list[Array]) -> list[Array]:
             # Behind a barrier: XLA would take the cast of narrow leaves out of the loop, and write it out.
-            arrays = lax.optimization_barrier((leaves, k))[0]
+            # One for each leaf: a joint one has all of them vary over the axes, in `shard_map`, over which any does.
+            arrays = [lax.optimization_barrier((x, k))[0] for x in leaves]
             return [x + y for x, y in zip(totals, some(first + k * _AT_ONCE, _AT_ONCE, arrays), strict=True)]
 
         first = (n - 1) % _AT_ONCE + 1
