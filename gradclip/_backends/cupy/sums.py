@@ -20,6 +20,7 @@ __device__ __forceinline__ void clear(double* s, double* c) {
 __device__ __forceinline__ void across(double* s, double* c, unsigned high, unsigned wide, unsigned length) {
     __shared__ double sums[THREADS], rests[THREADS];
     const unsigned me = threadIdx.x, y = me / wide, x = me %% wide %% length;
+    #pragma unroll
     for (int k = 0; k < %(slots)d; k++) {
         sums[me] = s[k], rests[me] = c[k];
         __syncthreads();
