@@ -101,7 +101,9 @@ def as_oracle(patch: pytest.MonkeyPatch) -> None:
 
 
 def scaled(leaf: Any, factor: Any, shift: Any) -> Any:
-    (out,) = backend.CupyBackend().scale([leaf], Factors(factor, shift), Groups((0,), (None,), ((),), (False,)), in_place=False)
+    (out,) = backend.CupyBackend().scale(
+        [leaf], Factors(factor, shift), Groups((0,), (None,), ((),), (False,)), in_place=False
+    )
     return out
 
 

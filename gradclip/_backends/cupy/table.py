@@ -34,7 +34,7 @@ TABLE = {grouped: _layout(grouped) for grouped in LEAVES}
 
 #: See `row`, and `flips`.
 ROW = np.dtype([("bits", "u8", ENTRIES), ("what", "u4", ENTRIES)], align=True)
-_FLIPS = np.dtype([("at", "u4", TURNS), ("n", "u4")], align=True)
+FLIPS = np.dtype([("at", "u4", TURNS), ("n", "u4")], align=True)
 
 #: The elements of a chunk, as a power of two, where that does not make too many chunks: 4 passes of a block in float32.
 _CHUNK = 12
@@ -160,7 +160,7 @@ def flips(groups: Groups) -> list[int]:
 
 def turns(some: Sequence[int]) -> Any:
     """`flips` of one launch, as the kernel that decides takes them."""
-    out: Any = np.zeros((), _FLIPS)
+    out: Any = np.zeros((), FLIPS)
     out["at"][: len(some)], out["n"] = some, len(some)
     return out
 
