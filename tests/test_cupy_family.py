@@ -74,7 +74,7 @@ def check_units(leaves: list[Any], values: list[np.ndarray], per: Any, p: Any) -
         assert host(c).tobytes() == x.tobytes()
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("per", ["unit", Units(0)], ids=str)
 @pytest.mark.parametrize("seed", range(5))
@@ -110,7 +110,7 @@ def test_every_geometry_has_every_element_once(monkeypatch: pytest.MonkeyPatch, 
     """Tiles of many sizes, in memory order of every kind; each element is a number that no other one can stand for."""
     for name, cut in zip(("_TILE", "_MOST", "_ROWS"), cuts, strict=True):
         monkeypatch.setattr(tiles, name, cut)
-    for axis in range(-2, 2):
+    for axis in (0, 1, -1):
         values = [1.0 + np.arange(math.prod(shape), dtype=np.float64).reshape(shape) for shape in GEOMETRIES]
         leaves = [cupy.array(x, order="CF"[i % 2]) for i, x in enumerate(values)]
         got = gradclip.norms(leaves, 1.0, per=Units(axis))

@@ -1,7 +1,8 @@
 """CuPy: a few launches for all leaves together, where the generic backend takes some twenty for each.
 
 For 1,000 leaves of 1,024 float32 elements: 5 launches for the global norm and 9 for a clip, in place or not; with a
-group for each leaf 5 and 10. Counted on emulated devices; no time was measured on a GPU.
+group for each leaf 5 and 10. Of leaves of which an axis is kept, 88 are measured and 115 scaled or added up in one
+launch, however many units or examples there are. Counted on emulated devices; no time was measured on a GPU.
 
 The kernels are written by `programs` and compiled when they are first needed; one that will not compile on this machine
 is replaced by the generic form, with one warning. Everything is queued on the current stream and the host never waits;

@@ -18,8 +18,8 @@ from gradclip._types import Array
 #: Blocks of one launch: as many threads as the largest GPUs run at once.
 _BLOCKS = 1024
 NULL = np.uint64(0)
-#: There must be less groups than this: the kernels count them in 28 bits, and their columns in 32.
-_GROUPS = 2**28
+#: There must be less groups and columns than this: so far the kernels count.
+_GROUPS, _COLUMNS = 2**28, 2**31
 
 
 class Columns(NamedTuple):
@@ -33,9 +33,9 @@ class Columns(NamedTuple):
         return self.values, np.uint32(self.values.shape[1]), self.keys, np.uint32(self.sections)
 
 
-def check(groups: int) -> None:
-    """Raise NotCompiled where there are more groups than the kernels count."""
-    if groups >= _GROUPS:
+def check(groups: int, columns: int = 0) -> None:
+    """Raise NotCompiled where there are more than the kernels count."""
+    if groups >= _GROUPS or columns >= _COLUMNS:
         raise NotCompiled
 
 
@@ -64,7 +64,6 @@ def measured(
 
     `base` and `keep`: as in `Groups`, of which there are `count`. Raises NotCompiled.
     """
-    check(count)
     leaves = [leaf if table.is_dense(leaf) else cupy.ascontiguousarray(leaf) for leaf in leaves]
     step, whole, kept = len(seen), *split(leaves, keep)
     grouped = count > 1
@@ -77,6 +76,7 @@ def measured(
     spread = [leaves[i] for i in kept]
     runs = [table.run_of(leaves[i], keep[i], base[i]) for i in kept]
     tiled, total = tiles.tables(spread, runs, len(kinds) * count, total)
+    check(count, total)
     values = cupy.empty((norm.slots[step], total), cupy.float64)
     keys = cupy.empty(total, cupy.uint32) if grouped else NULL
     known = (seen[0], np.uint32(seen[0].shape[1])) if seen else (NULL, np.uint32(1))

@@ -88,8 +88,8 @@ def _table(lines: Sequence[Line], to: Sequence[int], parts: dict[int, int], key:
     for name, column in (
         ("from", pointer),
         ("inner", inner),
-        ("to", to),
-        ("parts", [parts[line.group] for line in lines]),
+        ("to", np.array(to, np.uint64)),
+        ("parts", np.array([parts[line.group] for line in lines], np.uint64)),
         ("key", group + np.uint64(key)),
         ("length", length),
         ("outer", outer),
