@@ -36,6 +36,8 @@ class Communicator:
         self.grads, self.p = grads, p
         self.sent = b""
         self.passes: list[Any] = []
+        self.asked: list[bytes] = []  # whether the ranks mean the same
+        self.other_says = b""  # else the other rank says what this one says
         self.verb: Any = lambda grads, p, all_reduce: gradclip.global_norm(grads, p, all_reduce=all_reduce)
 
     def rank_id(self) -> int:
@@ -77,7 +79,11 @@ class Communicator:
         self.sent = bytes(view(sendbuf, count, np.uint8).get())
         table = np.zeros((2, count), np.uint8)
         table[self.rank] = np.frombuffer(self.sent, np.uint8)
-        table[1 - self.rank, :9] = np.frombuffer(b"  grads.x", np.uint8)
+        text = b"  grads.x"
+        if self.sent.startswith(b"norm_type"):
+            self.asked.append(self.sent.rstrip(b"\0"))
+            text = self.other_says or self.asked[-1]
+        table[1 - self.rank, : len(text)] = np.frombuffer(text, np.uint8)
         view(recvbuf, 2 * count, np.uint8).set(table.reshape(-1))
 
 
@@ -238,3 +244,29 @@ def test_gpu_aware_mpi_gets_device_arrays() -> None:
     assert float(norm) == 10.0, "four ranks with the same"
     assert float(gradclip.global_norm([cupy.asarray(np.float32([3, 4]))], -INF, all_reduce=engine)) == 3.0
     assert calls == [MPI.SUM, MPI.MIN]
+
+
+def test_the_ranks_are_asked_once_for_their_groups() -> None:
+    comm = Communicator(0, [OTHER], 2.0)
+    comm.verb = lambda grads, p, join: gradclip.norms(grads, p, all_reduce=join)
+    grads = [cupy.asarray(MINE)]
+    for _ in range(3):
+        joined = gradclip.distributed.nccl(comm)
+        (norm,) = gradclip.norms(grads, all_reduce=joined)
+        exact.check_norm(float(norm), exact.norm([MINE, OTHER]), "float32")
+    assert comm.asked == [b"norm_type 2.0, nonfinite='propagate', 1 leaves"]
+    gradclip.global_norm(grads, all_reduce=joined)
+    assert len(comm.asked) == 1, "all elements are one group anywhere"
+
+
+def test_ranks_that_mean_different_groups_are_told() -> None:
+    comm = Communicator(0, [OTHER], 2.0)
+    comm.other_says = b"norm_type 2.0, nonfinite='propagate', 3 examples"
+    grads = [cupy.ones((2, 3), cupy.float32)]
+    with pytest.raises(
+        ValueError,
+        match=r"^the ranks do not agree, and nothing was clipped: rank 0: .*, 2 examples; rank 1: .*, 3 examples$",
+    ):
+        gradclip.clip_grad_norm_(grads, 1.0, per="example", all_reduce=gradclip.distributed.nccl(comm))
+    assert comm.calls == []
+    assert (grads[0].get() == 1).all()

@@ -172,8 +172,10 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
     -----
     One `allReduce` of at most 4 float64 numbers for each group, on the current stream of the communicator's device; two
     for p outside 0, 1, 2, inf, -inf. The host does not wait, except on a rank without leaves. The ranks must agree on
-    all arguments: NCCL would not tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one
-    `allGather` in that case only; each rank's text is cut at 4,096 bytes.
+    all arguments: NCCL would not tell. With `per`, the first call of each kind on a communicator asks all ranks, by one
+    `allGather` for which the host waits, and raises ValueError on all of them if they mean different groups (not where
+    a CUDA graph is captured: call once before). ``nonfinite="error"`` raises on all ranks and names rank and key path,
+    by one `allGather` in that case only; each rank's text is cut at 4,096 bytes.
 
     Examples
     --------
