@@ -161,8 +161,11 @@ class NumpyBackend(Backend):
         narrow, flags = row.astype(np.float32), wide | np.zeros(groups.count, bool)
         if groups.count == len(groups.shapes) and not any(groups.shapes):
             return [(row if wide else narrow)[i, ...] for i, wide in enumerate(flags.tolist())]
-        blocks = zip(groups.starts, groups.lengths, groups.shapes, strict=True)
-        return [(row if n and flags[start] else narrow)[start : start + n].reshape(shape) for start, n, shape in blocks]
+        of_block = zip(groups.starts, groups.lengths, groups.shapes, groups.wide, strict=True)
+        return [
+            (row if (flags[start] if n else is_wide) else narrow)[start : start + n].reshape(shape)
+            for start, n, shape, is_wide in of_block
+        ]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
