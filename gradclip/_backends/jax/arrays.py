@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +30,25 @@ def may_be_sharded(x: Array) -> bool:
     """
     mesh = jax.typeof(x).sharding.mesh
     return mesh.size > 1 and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+
+
+def whole(x: Array) -> Array:
+    """A small array, which may be spread over a mesh, in whole on each device: once, not at each cut of it."""
+    if not may_be_sharded(x):
+        return x
+    there = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec())
+    return jax.sharding.reshard(x, there) if _is_explicit(x) else jax.lax.with_sharding_constraint(x, there)
+
+
+def spread(x: Array, like: Array) -> Array:
+    """An array that broadcasts against another; as large and spread alike where JAX's types ask for that."""
+    if x.ndim == 0 or not _is_explicit(like):
+        return x
+    return jax.sharding.reshard(jnp.broadcast_to(x, like.shape), jax.typeof(like).sharding)
+
+
+def _is_explicit(x: Array) -> bool:
+    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def devices(x: Array) -> frozenset[Any] | None:

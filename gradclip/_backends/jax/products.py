@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from gradclip._backends.jax import sums
-from gradclip._backends.jax.arrays import may_be_sharded
+from gradclip._backends.jax.arrays import may_be_sharded, spread, whole
 from gradclip._backends.leaf import against
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._groups import Groups
@@ -65,11 +65,13 @@ def by_block(rows: Sequence[Array], groups: Groups) -> list[list[Array]]:
     their products with leaves take 9 s to compile with constant ones, and 3 with those that are read from an array.
     """
     rows, n = [row.reshape(-1) for row in rows], groups.count
+    if len(groups.shapes) == 1:
+        return [rows]
     if n == 1 or any(len(row) != n for row in rows):
         return [[row[:1] for row in rows]] * len(groups.shapes)
 
     def straight(rows: list[Array]) -> list[Array]:
-        return [part for row in rows for part in lax.split(row, groups.lengths)]
+        return [whole(part) for row in rows for part in lax.split(whole(row), groups.lengths)]
 
     def in_blocks(rows: list[Array]) -> list[Array]:
         if set(groups.lengths) == {1}:
@@ -83,14 +85,14 @@ def by_block(rows: Sequence[Array], groups: Groups) -> list[list[Array]]:
 
         return lax.cond(sure, cut, lambda rows, _: [row[:n] for row in rows for n in groups.lengths], rows, starts)
 
-    few = len(groups.shapes) <= FEW
+    few = len(groups.shapes) <= FEW or any(map(may_be_sharded, rows))
     parts = straight(rows) if few else lax.platform_dependent(rows, cpu=in_blocks, default=straight)
     return [parts[i :: len(groups.shapes)] for i in range(len(groups.shapes))]
 
 
 def shaped(row: Array, leaf: Array, keep: int | None) -> Array:
     """The numbers of a leaf's groups, to broadcast against it."""
-    return row.reshape(() if row.size == 1 else against(leaf, keep))
+    return spread(row.reshape(() if row.size == 1 else against(leaf, keep)), leaf)
 
 
 def _rows(factors: Factors) -> tuple[Array, ...]:

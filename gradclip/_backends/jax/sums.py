@@ -19,7 +19,7 @@ import jaxlib
 import numpy as np
 from jax import lax
 
-from gradclip._backends.jax.arrays import may_be_sharded, varying
+from gradclip._backends.jax.arrays import may_be_sharded, varying, whole
 from gradclip._dtypes import COMPONENT_BITS, dtype_name, dtype_names
 from gradclip._groups import Groups
 from gradclip._norms import Norm, RmsNorm, Seen, SumNorm, TwoNorm, identity
@@ -190,14 +190,14 @@ def reduced(x: Array, op: ReduceOp, limit: int, axis: int = 0) -> Array:
 
 def joined(columns: list[Array], ids: Array, count: int, op: ReduceOp, limit: int) -> Array:
     """The columns of each group as one: looked up in a table, never scattered. `limit` is that of `reduced`."""
-    x = jnp.concatenate(columns)
+    if len({jax.typeof(x) for x in columns}) == 1 and np.array_equal(ids, np.tile(np.arange(count), len(columns))):
+        return reduced(jnp.stack(columns), op, limit, axis=1)
+    x = jnp.concatenate(list(map(whole, columns)))
     sizes, order = np.bincount(ids, minlength=count), np.argsort(ids, kind="stable")
     table = np.full((count, sizes.max()), len(ids), np.int32)
     table[ids[order], np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)] = order
-    for by_group, axis in ((table, 0), (table.T, 1)):  # one group after the other; or all groups, again and again
-        if np.array_equal(by_group.ravel(), np.arange(len(ids))):
-            return reduced(x.reshape(by_group.shape), op, limit, axis)
-    x = jnp.append(x, jnp.full((1,), identity(op), x.dtype))[table.ravel()]
+    if not np.array_equal(table.ravel(), np.arange(len(ids))):
+        x = jnp.append(x, jnp.full((1,), identity(op), x.dtype))[table.ravel()]
     return reduced(x.reshape(table.shape), op, limit)
 
 
@@ -235,4 +235,8 @@ def _in_float64(norm: SumNorm, rows: list[Rows], quick: bool, ids: Array, count:
             safe = jnp.all(jnp.logical_and(plain >= r.thin, plain <= r.huge**2))
             found = lax.cond(safe, lambda tried, found: found, lambda tried, found: sums(tried), tried, found)
         found |= sums({i: x for i, x in arrays.items() if i not in tried})
-        return norm.in_bins(jnp, joined([found[i] for i in arrays], ids, count, "sum", len(ids)))
+        total = joined([found[i] for i in arrays], ids, count, "sum", len(ids))
+        if norm.binned:
+            return norm.in_bins(jnp, total)
+        nothing = jnp.zeros_like(total)  # a norm without bins looks into the middle one only, for NaN too
+        return jnp.stack([nothing, total, nothing]).astype(jnp.float32)
