@@ -45,10 +45,7 @@ def check_same(got: Any, want: Any, what: Any = None) -> None:
     """Equal to NumPy's, but for the rounding of a factor: of arrays, and of trees of them."""
     for a, b in zip(*(x if isinstance(x, list | tuple) else [x] for x in (got, want)), strict=True):
         x = host(a)
-        assert x.shape == b.shape, what
-        if x.size == 0:
-            continue
-        assert x.dtype == b.dtype, what
+        assert (x.dtype, x.shape) == (b.dtype, b.shape), what
         kind = {"complex64": "float32", "complex128": "float64"}.get(b.dtype.name, b.dtype.name)
         info = np.finfo(kind)
         np.testing.assert_allclose(
@@ -87,7 +84,7 @@ def test_units_of_random_trees(seed: int, per: Any, p: Any) -> None:
 @pytest.mark.parametrize("p", [2.0, 3.0])
 def test_units_on_two_devices(two_devices: None, p: float) -> None:  # noqa: F811
     rng = np.random.default_rng(1)
-    values = values_of(rng, 2 * SHAPES)
+    values = values_of(rng, SHAPES)
     check_units(placed(rng, values, devices=2), values, "unit", p)
 
 
