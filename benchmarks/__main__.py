@@ -16,6 +16,7 @@ from benchmarks.pinning import available, pinned
 SECTIONS = {
     "numpy": "on_numpy",
     "narrow": "narrow",
+    "family": "family",
     "accuracy": "accuracy",
     "threads": "threads",
     "memory": "memory",

@@ -44,8 +44,8 @@ def clip_grad_agc(
     eps : float or 0-d array
         The least norm of parameters that counts, > 0, so that parameters of zeros can learn.
     per : static
-        As in `clip_grad_norm`. ``"unit"``: the last axis of leaves of 2 or more dimensions counts the units (JAX, Keras,
-        Flax); ``gradclip.Units(0)`` for PyTorch's layouts. A smaller leaf, a bias, is one unit.
+        As in `clip_grad_norm`. ``"unit"``: the last axis of leaves of 2 or more dimensions counts the units (JAX,
+        Keras, Flax); ``gradclip.Units(0)`` for PyTorch's layouts. A smaller leaf, a bias, is one unit.
     nonfinite : {"propagate", "zero", "error"}, static
         As in `clip_grad_norm`, for gradients that are not finite. A NaN among parameters gives NaN to its group; an inf
         there clips nothing.

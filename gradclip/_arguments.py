@@ -66,7 +66,7 @@ def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> 
     numbers and 0-d arrays, and arrays of several in a row.
     """
     value = lasting(value, name) if isinstance(value, Iterator) else value
-    if not is_container(value) and not getattr(value, "ndim", 0):
+    if not is_container(value) and not _is_row(value):
         return scalar(name, value, finite=finite)
     blocks = zip(grouped.entries(value, name), grouped.groups.shapes, strict=True)
     each = [bound for (path, entry), shape in blocks for bound in _row(path, entry, shape, finite)]
@@ -75,12 +75,11 @@ def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> 
 
 def _row(path: str, value: Any, shape: tuple[int, ...], finite: bool) -> list[Scalar]:
     """The bounds of one block, given as one for all, or an array that broadcasts to their norms."""
-    several = getattr(value, "ndim", 0) > 0
-    if not shape or not several:
+    if not shape or not _is_row(value):
         value = scalar(path, value, finite=finite)
         if isinstance(value, float):
             return [value] * math.prod(shape)
-    elif library(value) is None or not is_real(value):
+    elif not is_real(value):
         raise TypeError(f"{path} must be numbers >= 0, got {value!r} of type {type(value).__name__}")
     elif not _broadcasts(tuple(value.shape), shape):
         raise ValueError(
@@ -94,6 +93,11 @@ def _row(path: str, value: Any, shape: tuple[int, ...], finite: bool) -> list[Sc
     xp = array_api_compat.array_namespace(value)
     row = xp.reshape(xp.broadcast_to(value, shape), (-1,)) if shape else value
     return [float(x) for x in row.tolist()] if on_host(value) else [row]
+
+
+def _is_row(value: Any) -> bool:
+    """Whether it is an array of more than one number, or none: not 0-d."""
+    return library(value) is not None and value.ndim > 0
 
 
 def all_reduce(given: Any) -> AllReduce | None:

@@ -83,7 +83,7 @@ def settled(given: Given) -> Verdict:
     """Measure, join, decide; raise if the policy asks for it. Nothing is written."""
     backend, leaves, groups, shards = given.backend, given.leaves, given.groups, given.shards
     measured, relative = groups, given.params is not None
-    if relative:
+    if given.params is not None:
         leaves, measured = [*leaves, *given.params], groups.beside()
     acc = backend.accumulation(leaves)
     home = array_api_compat.device(leaves[0]) if leaves else None

@@ -30,8 +30,9 @@ def global_norm(grads: Tree, norm_type: NormType = 2.0, *, all_reduce: AllReduce
     grads : tree of arrays
         Any nesting of lists, tuples, dicts, named tuples and JAX pytree classes; float16, bfloat16, float32, float64,
         complex64 or complex128 leaves of any shape. None counts as nothing.
-    norm_type : float, static
-        p: any real number, `inf` (largest magnitude), `-inf` (smallest), 0 (number of non-zero elements).
+    norm_type : float or "rms", static
+        p: any real number, `inf` (largest magnitude), `-inf` (smallest), 0 (number of non-zero elements). "rms": the
+        root mean square, sqrt(mean \|x\|^2).
     all_reduce : callable, optional
         Where gradients are sharded: ``all_reduce(partial, op)`` joins a small array with those of the other shards,
         element by element, by op "sum", "max" or "min". `gradclip.distributed` makes them.
@@ -74,18 +75,19 @@ def norms(grads: Tree, norm_type: NormType = 2.0, *, per: Per = "leaf", all_redu
     ----------
     grads : tree of arrays
         As in `global_norm`.
-    norm_type : float, static
-        p, as in `global_norm`.
-    per : None, "leaf", tree of labels, or function, static
+    norm_type : float or "rms", static
+        As in `global_norm`.
+    per : None, "leaf", "unit", Units, "example", tree of labels, or function, static
         Which elements share a norm, as in `clip_grad_norm`.
     all_reduce : callable, optional
         As in `global_norm`. The groups must be the same on all shards.
 
     Returns
     -------
-    tree of 0-d arrays, dict, or 0-d array
-        ``per="leaf"``: the tree, a norm for each leaf. Labels: a dict from label to norm. None: the global norm. Each
-        is what `global_norm` gives of its group alone.
+    tree of arrays, array, or dict
+        ``per="leaf"``: the tree, a 0-d array for each leaf. Units: the tree, arrays that broadcast against the leaves:
+        as long as the kept axis, and 1 elsewhere. ``"example"``: an array of shape (B,). Labels: a dict from label to
+        0-d array. None: the global norm, 0-d. Each number is what `global_norm` gives of its group alone.
 
     Raises
     ------
@@ -94,7 +96,9 @@ def norms(grads: Tree, norm_type: NormType = 2.0, *, per: Per = "leaf", all_redu
 
     Notes
     -----
-    As exact and as lazy as `global_norm`: one pass over the data, no wait for the device.
+    As exact and as lazy as `global_norm`: one pass over the data, no wait for the device. The global norm beside them
+    costs no second pass: it is the norm of the norms, ``global_norm(norms(grads))``, for p > 0 ("rms": only of groups
+    of one size).
 
     Examples
     --------
@@ -134,14 +138,17 @@ def clip_grad_norm(
         As in `global_norm`.
     max_norm : float or 0-d array
         c >= 0, in the units of the gradients; inf clips nothing. One on a device or traced is not read by the host:
-        there a negative one acts as 0, NaN gives NaN. With `per`: one for all groups, or a tree prefix (``"leaf"``) or
-        dict (labels) of them.
-    norm_type : float, static
-        p of the norm.
-    per : None, "leaf", tree of labels, or function, static
-        Which elements share a norm: all, those of each leaf, or those of the leaves that share a label. Labels (any
-        hashable) come as a tree prefix of `grads`, or by a function of a leaf's key path (``"grads['encoder'][3]"``)
-        and the leaf. Label None: left alone, not counted.
+        there a negative one acts as 0, NaN gives NaN. With `per`: one for all groups, or a tree prefix (``"leaf"``,
+        units: of arrays that broadcast to the norms), an array of shape (B,) (``"example"``) or a dict (labels) of
+        them.
+    norm_type : float or "rms", static
+        As in `global_norm`.
+    per : None, "leaf", "unit", Units, "example", tree of labels, or function, static
+        Which elements share a norm. None: all. ``"leaf"``: those of each leaf. ``"unit"``: those of each index along
+        the last axis of a leaf of 2 or more dimensions, `Units(axis)` along another; a smaller leaf is one group.
+        ``"example"``: those of each index along axis 0, over all leaves. Labels (any hashable): those of the leaves
+        that share one; they come as a tree prefix of `grads`, or by a function of a leaf's key path
+        (``"grads['encoder'][3]"``) and the leaf. Label None: left alone, not counted.
     nonfinite : {"propagate", "zero", "error"}, static
         If an element is inf or NaN: its group all NaN, all zeros, or `NonFiniteError`. "error" lets the host wait for
         one number a group; under `jax.jit` it needs `jax.experimental.checkify`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._tree import Flat
@@ -43,8 +44,8 @@ class Groups:
     """Which group each element is in. Groups stand in blocks: those whose norms come back as one array.
 
     Leaf j is in block `block[j]`, of which `base[j]` is the first group: element i is in group `base[j] + i[keep[j]]`,
-    in `base[j]` itself where `keep[j]` is None. `shapes`: those of each block's norms. `wide`: which blocks have float64
-    norms, for an element has 64-bit components.
+    in `base[j]` itself where `keep[j]` is None. `shapes`: those of each block's norms. `wide`: which blocks have
+    float64 norms, for an element has 64-bit components.
     """
 
     block: tuple[int, ...]
@@ -72,9 +73,9 @@ class Groups:
         return tuple(self.starts[k] for k in self.block)
 
     @cached_property
-    def kept(self) -> tuple[int, ...]:
-        """The leaves of which an axis is kept."""
-        return tuple(j for j, axis in enumerate(self.keep) if axis is not None)
+    def kept(self) -> dict[int, int]:
+        """The leaves of which an axis is kept, and which."""
+        return {j: axis for j, axis in enumerate(self.keep) if axis is not None}
 
     @cached_property
     def each_wide(self) -> tuple[bool, ...]:
@@ -140,7 +141,8 @@ def _named(labels: Iterable[Any]) -> str:
 
 
 def _listed(lengths: Sequence[int]) -> str:
-    return ", ".join(map(str, lengths[:6])) + (", ..." if len(lengths) > 6 else "")
+    shown = ", ".join(map(str, lengths[:6]))
+    return shown if len(lengths) <= 6 else f"{shown}, ... (in all {sum(lengths)}, {crc32(str(lengths).encode()):08x})"
 
 
 def grouped(flat: Flat, per: Per) -> Grouped:
@@ -157,8 +159,9 @@ def grouped(flat: Flat, per: Per) -> Grouped:
             f"(key path, leaf) -> label, got {per!r}"
         )
     if isinstance(per, str | Units):
-        keep = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
-        shapes = tuple(map(_shape, leaves, keep))
+        axes = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
+        shapes = tuple(map(_shape, leaves, axes))
+        keep = tuple(None if math.prod(shape) == 1 else axis for axis, shape in zip(axes, shapes, strict=True))
         return Grouped(flat, _made(tuple(range(n)), keep, shapes, _wide(leaves, range(n), n, is_wide)), by_leaf=True)
     found = _labels(flat, per)
     flat = flat.only([i for i, label in enumerate(found) if label is not None])
@@ -220,7 +223,7 @@ def _known(flat: Flat, keep: Sequence[int | None]) -> None:
     for i, (x, axis) in enumerate(zip(flat.values, keep, strict=True)):
         if axis is not None and not isinstance(x.shape[axis], int):
             raise ValueError(
-                f"{flat.paths()[i]} has length {x.shape[axis]} along axis {axis}: how many groups there are must be known"
+                f"{flat.paths()[i]} has length {x.shape[axis]} along axis {axis}: the number of groups must be known"
             )
 
 

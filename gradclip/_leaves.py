@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import array_api_compat
@@ -59,11 +60,11 @@ def backend_for(flat: Flat, scalars: Sequence[Any] = (), params: Sequence[Leaf] 
     names: dict[str, Any] = {}  # the libraries, each with the first of its arrays
     for places in (flat.samples, range(len(flat.values))):
         for i in places:
-            names.setdefault(_admit(flat.values[i], lambda i=i: flat.paths()[i]), flat.values[i])
+            names.setdefault(_admit(flat.values[i], partial(_path, flat, i)), flat.values[i])
         if names.keys() <= LIBRARIES.keys():  # elsewhere type and dtype do not say all
             break
     for path, x in params:
-        names.setdefault(_admit(x, lambda path=path: path), x)
+        names.setdefault(_admit(x, partial(str, path)), x)
     for value in scalars:
         if value is not None and not can_join(value, names):
             names.setdefault(str(library(value)), value)
@@ -76,6 +77,10 @@ def backend_for(flat: Flat, scalars: Sequence[Any] = (), params: Sequence[Leaf] 
             f"{one} is a {kind} array and {two} a {other} array: they cannot be clipped as one. "
             f"Convert one side first, or clip two trees with one norm (norm=...)"
         ) from None
+
+
+def _path(flat: Flat, i: int) -> str:
+    return flat.paths()[i]
 
 
 def _admit(x: Any, path: Callable[[], str]) -> str:

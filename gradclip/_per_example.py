@@ -32,9 +32,10 @@ def clipped_sum(
     with c = `max_norm`, for the gradients g_b of each example, all leaves together (Abadi et al., Deep Learning with
     Differential Privacy, CCS 2016, algorithm 1, before the noise).
 
-    **What an example adds has a norm of at most `max_norm`**, in exact arithmetic: the bound that is clipped to is lower
-    by a part in 2**19 (in 2**42 if all leaves have 64-bit components), more than all errors of the norm and of the
-    factor together. So the sensitivity of the sum, by which noise is measured, is `max_norm`, and not a little more.
+    **What an example adds has a norm of at most `max_norm`**, in exact arithmetic: the bound that is clipped to is
+    lower by a part in 2**19 (in 2**42 if all leaves have 64-bit components), more than all errors of the norm and of
+    the factor together. So the sensitivity of the sum, by which noise is measured, is `max_norm`, and not a little
+    more.
 
     Parameters
     ----------
@@ -47,15 +48,16 @@ def clipped_sum(
     nonfinite : {"zero", "propagate", "error"}, static
         What an example with an inf or a NaN adds: zeros, NaN, or `NonFiniteError`.
     all_reduce : callable, optional
-        Where each shard holds a part of every example's gradient (tensor parallel): the norms are joined, and each shard
-        has the sum of its part. Where shards hold different examples, pass nothing, and add up the sums.
+        Where each shard holds a part of every example's gradient (tensor parallel): the norms are joined, and each
+        shard has the sum of its part. Where shards hold different examples, pass nothing, and add up the sums.
 
     Returns
     -------
     ClippedSum
-        ``total, norm = ...``: the tree without the examples' axis, in float32, float64 for leaves with 64-bit components
-        (complex likewise); and the norm of each example before clipping, of shape (B,). What is below the smallest
-        normal number of its dtype is 0. The sum of a single example, rounding included, has a norm of at most c.
+        ``total, norm = ...``: the tree without the examples' axis, in float32, float64 for leaves with 64-bit
+        components (complex likewise); and the norm of each example before clipping, of shape (B,). What is below the
+        smallest normal number of its dtype is 0. The sum of a single example, rounding included, has a norm of at
+        most c.
 
     Raises
     ------
@@ -77,7 +79,7 @@ def clipped_sum(
     (array([0.9, 1.2]), array([5. , 0.5, nan]))
     """
     p = _arguments.norm_type(norm_type)
-    if not (p == "rms" or p >= 1):
+    if isinstance(p, float) and p < 1:
         raise ValueError(f"clipped_sum takes a norm: norm_type must be at least 1, or 'rms', got {norm_type!r}")
     call = given(grads, norm_type, "example", Bounds(max_norm), nonfinite, all_reduce)
     single = any(COMPONENT_BITS[dtype_name(x)] < 64 for x in call.leaves)

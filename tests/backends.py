@@ -112,6 +112,12 @@ class Backend:
     def clip_grad_value(self, grads: Any, clip_value: Any) -> Any:
         return gradclip.clip_grad_value(grads, clip_value)
 
+    def clip_grad_agc(self, grads: Any, params: Any, clipping: Any = 0.01, norm_type: Any = 2.0, **kw: Any) -> Any:
+        return gradclip.clip_grad_agc(grads, params, clipping, norm_type, **kw)
+
+    def clipped_sum(self, grads: Any, max_norm: Any, norm_type: Any = 2.0, **kw: Any) -> Any:
+        return gradclip.clipped_sum(grads, max_norm, norm_type, **kw)
+
 
 class Numpy(Backend):
     name = module = "numpy"
@@ -252,6 +258,18 @@ class JaxJit(Jax):
 
     def clip_grad_value(self, grads: Any, clip_value: Any) -> Any:
         return importlib.import_module("jax").jit(lambda g: gradclip.clip_grad_value(g, clip_value))(grads)
+
+    def clip_grad_agc(self, grads: Any, params: Any, clipping: Any = 0.01, norm_type: Any = 2.0, **kw: Any) -> Any:
+        def f(g: Any, w: Any, c: Any) -> Any:
+            return gradclip.clip_grad_agc(g, w, c, norm_type, **kw)
+
+        return self._jitted(("agc", norm_type, tuple(kw.items())), f)(grads, params, clipping)
+
+    def clipped_sum(self, grads: Any, max_norm: Any, norm_type: Any = 2.0, **kw: Any) -> Any:
+        def f(g: Any, c: Any) -> Any:
+            return gradclip.clipped_sum(g, c, norm_type, **kw)
+
+        return self._jitted(("sum", norm_type, tuple(kw.items())), f)(grads, max_norm)
 
 
 class JaxX64(JaxJit):

@@ -41,9 +41,11 @@ def magnitudes(leaf: np.ndarray) -> list[Any]:
     return [abs(mpmath.mpf(x)) for x in components(leaf)]
 
 
-def norm(leaves: Iterable[np.ndarray], p: float = 2.0) -> Any:
-    """The p-norm of finite leaves, as an mpmath number with 60 digits."""
+def norm(leaves: Iterable[np.ndarray], p: float | str = 2.0) -> Any:
+    """The p-norm of finite leaves, or their root mean square ("rms"), as an mpmath number with 60 digits."""
     leaves = list(leaves)
+    if p == "rms":
+        return norm(leaves) / mpmath.sqrt(max(1, sum(np.size(leaf) for leaf in leaves)))
     if p == 2:
         squares = sum((Fraction(x) ** 2 for leaf in leaves for x in components(leaf)), Fraction(0))
         return mpmath.sqrt(mpmath.mpf(squares.numerator) / squares.denominator)

@@ -74,8 +74,10 @@ def test_the_page_names_every_method_of_the_interface():
     assert named == {name for name, _ in inspect.getmembers(Backend, callable) if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("per", [None, "leaf", LABELS], ids=["all", "leaf", "labels"])
-@pytest.mark.parametrize("p", [2.0, 1.0, 0.0, math.inf, -math.inf, 3.0, -1.0])
+@pytest.mark.parametrize(
+    "per", [None, "leaf", "unit", gradclip.Units(0), LABELS], ids=["all", "leaf", "unit", "first", "labels"]
+)
+@pytest.mark.parametrize("p", [2.0, "rms", 1.0, 0.0, math.inf, -math.inf, 3.0, -1.0])
 def test_it_clips_as_numpys_own(p, per, request):
     bound = {"low": 0.5, "high": 1e3} if isinstance(per, dict) else 0.5
     right = gradclip.clip_grad_norm(grads(), bound, p, per=per)
@@ -87,6 +89,17 @@ def test_it_clips_as_numpys_own(p, per, request):
     written = grads()
     same(gradclip.clip_grad_norm_(written, bound, p, per=per), right.norm)
     same(written, right.grads)
+
+
+def test_it_adds_up_examples(request):
+    grads = {"w": np.arange(12.0).reshape(3, 4) - 5, "b": np.array([1.0, -2.0, np.nan])}
+    right = gradclip.clipped_sum(grads, 2.0)
+    request.getfixturevalue("toy")
+    mine = gradclip.clipped_sum(grads, 2.0)
+    same(mine.norm, right.norm)
+    same(mine.sum, right.sum)
+    out = gradclip.clip_grad_norm(grads, 2.0, per="example", nonfinite="zero")
+    np.testing.assert_allclose(mine.sum["w"], out.grads["w"].sum(axis=0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["propagate", "zero"])

@@ -31,13 +31,13 @@ if importlib.util.find_spec("cupy") is None:
     sys.modules.setdefault(package.__name__, package)
 
 from gradclip._backends.cupy import expressions as xp
-from gradclip._backends.cupy import programs, table
+from gradclip._backends.cupy import programs, table, tiles
 from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, REAL
-from gradclip._backends.cupy.text import LEAVES
+from gradclip._backends.cupy.text import KEPT, LEAVES, ONE, WHOLE
 
 INF = math.inf
-NORMS = [2.0, 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
+NORMS = [2.0, "rms", 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
 
 # -- expressions -----------------------------------------------------------------------------------------------
 
@@ -126,31 +126,51 @@ def test_programs_are_written_once():
 
 
 def test_one_program_for_each_norm_settles_everything():
-    """Bounds, policies, dtypes, bins and groups are data to it; and one program serves all norms that are given."""
-    norms = [norm_for(p, binned) for p in (2.0, 1.0, 0.0, 3.0, INF, -INF) for binned in (True, False)]
-    assert len({programs.settle(norm) for norm in [*norms, None]}) == 7
+    """Bounds, relative ones too, policies, dtypes, bins and groups are data to it; and one serves all given norms."""
+    norms = [norm_for(p, binned) for p in (2.0, "rms", 1.0, 0.0, 3.0, INF, -INF) for binned in (True, False)]
+    assert len({programs.settle(norm) for norm in [*norms, None]}) == 8
     for step in (0, 1):
         found = {programs.joined(norm, step) for norm in norms if step < len(norm.ops)}
-        assert len(found) <= 4  # by operation and slots
+        assert len(found) <= 5  # by operation and slots
 
 
 def test_bins_are_no_matter_of_the_program():
     for p in NORMS:
         wide, plain = norm_for(p, binned=True), norm_for(p, binned=False)
         for step in range(len(wide.ops)):
-            assert programs.measure(wide, step, ("float16",)) == programs.measure(plain, step, ("float16",))
+            for kernel in (programs.measure, programs.spread):
+                assert kernel(wide, step, ("float16",)) == kernel(plain, step, ("float16",))
+
+
+def test_what_all_elements_add_alike_is_counted_once_a_chunk():
+    """The number of elements, for their mean: not a 1 for each; and 0 is not added at all."""
+    for kernel in (programs.measure, programs.spread):
+        source = kernel(norm_for("rms", True), 0, ("float32",))
+        before, inside = source.split("__forceinline__ void gather_float32")[1].split("each(p, n, [&]")
+        assert "s[3] += 1.0 * elements;" in before
+        assert "s[3]" not in inside.split("});")[0]
+        assert (
+            "elements"
+            not in kernel(TwoNorm(), 0, ("float32",)).split("gather_float32")[1].split("{", 1)[1].split("}\n")[0]
+        )
 
 
 # -- tables ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_tables_of_long_leaves_hold_every_element_once(grouped: bool) -> None:
+@pytest.mark.parametrize("grouped", [ONE, WHOLE, KEPT])
+def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
+    assert max(tiles.TILES.itemsize + 5 * 8, table.ROW.itemsize + 3 * 8, table.FLIPS.itemsize + 20 * 8) <= 4096
     assert table.TABLE[grouped].itemsize + 9 * 8 <= 4096  # and the other parameters
     most = table.LONGEST
     lengths = [most, 1, most - 5, most // 4 + 3, most, 65536, 4096, most, 7] + [2**20 + 1] * 600 + [most] * 600
     entry = table.Entry
-    lines = sorted(entry(i % 3, i % 7 if grouped else 0, 4096 * i, n, i) for i, n in enumerate(lengths))
+    if grouped == KEPT:  # such leaves are not cut
+        lengths += [2**34 + 3, 2**31]
+    lines = sorted(
+        entry(i % 3, *((i % 7 if grouped else 0), 4096 * i, n, i), *((i % 5 + 1, 2**33 + i) if grouped == KEPT else ()))
+        for i, n in enumerate(lengths)
+    )
     held = []
     for one in table.tables(lines, grouped=grouped):
         n, bits = int(one["leaves"]), int(one["bits"])
@@ -161,7 +181,8 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: bool) -> None:
             kind = int(np.searchsorted(one["until"], i, side="right"))
             length = (chunks - 1) * 2**bits + int(one["last"][i]) + 1
             group = int(one["group"][i]) if grouped else 0
-            held.append(entry(kind, group, int(one["from"][i]), length, int(one["to"][i])))
+            kept = (int(one["length"][i]), int(one["inner"][i])) if grouped == KEPT else ()
+            held.append(entry(kind, group, int(one["from"][i]), length, int(one["to"][i]), *kept))
     assert held == lines
 
 
@@ -218,13 +239,15 @@ def programs_of(norm: Norm) -> Iterator[tuple[str, str, list[str]]]:
     """Every kernel for a norm: its name, its source and CuPy's options."""
     for step in range(len(norm.ops)):
         yield "gradclip_measure", programs.measure(norm, step, tuple(KINDS)), []
+        yield "gradclip_spread", programs.spread(norm, step, tuple(KINDS)), []
         yield "gradclip_join", programs.joined(norm, step), []
     if not isinstance(norm, programs.Census):
         yield "gradclip_settle", programs.settle(norm), ["--fmad=false"]
 
 
 OTHERS = [
-    *(("gradclip_scale", programs.scale(tuple(REAL), grouped), []) for grouped in (False, True)),
+    *(("gradclip_scale", programs.scale(tuple(REAL), grouped), []) for grouped in LEAVES),
+    ("gradclip_weighted", programs.weighted(tuple(REAL)), []),
     ("gradclip_settle", programs.settle(None), ["--fmad=false"]),
     ("gradclip_row", programs.row(), []),
     *programs_of(programs.Census()),
@@ -248,8 +271,8 @@ def test_every_kernel_compiles(arch: int, p: float) -> None:
 @needs_nvrtc
 def test_the_compiler_sees_errors_and_the_table_is_as_the_host_lays_it_out() -> None:
     arch = max(set(NEEDED) & set(architectures()))
-    for grouped in (False, True):
-        source = programs.scale(("float32",), grouped)
+    sources = [programs.scale(("float32",), grouped) for grouped in LEAVES]
+    for source in (*sources, programs.spread(TwoNorm(), 0, ("float32",))):
         code, log = compiled(source.replace("unsigned to[", "u64 to["), f"sm_{arch}")
         assert code == b""
         assert "the host lays it out otherwise" in log
@@ -259,9 +282,24 @@ def test_the_compiler_sees_errors_and_the_table_is_as_the_host_lays_it_out() -> 
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
 def test_loads_are_wide_and_the_table_is_not_copied(kind: str) -> None:
     """16 bytes are loaded and stored at a time, and the table is read where it came: no thread has a copy of it."""
-    scaling = [programs.scale((kind,), grouped) for grouped in (False, True)]
+    scaling = [programs.scale((kind,), grouped) for grouped in LEAVES]
     for source in (programs.measure(TwoNorm(), 0, (kind,)), *scaling):
         code, log = compiled(source, "compute_80")
         assert re.search(rb"ld\.global\.v(4\.u32|2\.[uf]64)", code), log
         assert b".local" not in code
         assert b"st.global.v" in code or b"gradclip_measure" in code
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("p", [2.0, "rms", 3.0])
+def test_kernels_for_kept_axes_spill_nothing(p: float) -> None:
+    """Neither sums nor the table are in memory of a thread's own."""
+    norm, kinds = norm_for(p, binned=True), ("float16", "complex128")
+    sources = [programs.spread(norm, step, kinds) for step in range(len(norm.ops))]
+    for source in (*sources, programs.joined(norm, 0), programs.weighted(("float16", "float64"))):
+        code, log = compiled(source, "compute_80")
+        assert code, log
+        assert b".local" not in code
+    code, log = compiled(programs.settle(norm), "compute_80", "--fmad=false")
+    assert code, log
+    assert b".local" not in code

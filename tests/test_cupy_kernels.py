@@ -96,12 +96,14 @@ def random_tree(seed: int, names: list[str], devices: int = 1) -> tuple[list[Any
 
 def as_oracle(patch: pytest.MonkeyPatch) -> None:
     """From here on, CuPy arrays are clipped by the generic backend."""
-    for name in ("number", "partials", "partial", "decide", "scale"):
+    for name in ("number", "partials", "partial", "decide", "scale", "weighted_sum"):
         patch.setattr(backend.CupyBackend, name, getattr(Backend, name))
 
 
 def scaled(leaf: Any, factor: Any, shift: Any) -> Any:
-    (out,) = backend.CupyBackend().scale([leaf], Factors(factor, shift), Groups((0,), 1, (False,)), in_place=False)
+    (out,) = backend.CupyBackend().scale(
+        [leaf], Factors(factor, shift), Groups((0,), (None,), ((),), (False,)), in_place=False
+    )
     return out
 
 

@@ -20,9 +20,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
     "compare.py",
     "cupy_pipeline.py",
+    "jax_private_train.py",
     "jax_sharded_train.py",
     "jax_train_step.py",
     "mpi_numpy.py",
+    "numpy_agc.py",
     "numpy_char_rnn.py",
 }
 
@@ -76,6 +78,76 @@ def test_numpy_char_rnn(tmp_path):
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(data) > 10_000
     assert plot.parent == tmp_path
+    assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
+
+
+@pytest.mark.library("numpy")
+def test_numpy_agc(tmp_path):
+    needs("sklearn", "matplotlib")
+    plot = tmp_path / "tmp.png"
+    done = python(EXAMPLES / "numpy_agc.py", "--plot", plot, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    without, clipped = numbers(r"loss \S+ -> (\S+),", done.stdout)
+    assert not without < 2
+    assert clipped < 0.3
+    guessed, learnt = numbers(r"test accuracy (\S+),", done.stdout)
+    assert guessed < 0.2
+    assert learnt > 0.9
+    assert done.stdout.rstrip().endswith("the claim held")
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
+
+
+@pytest.mark.library("numpy")
+def test_numpy_agc_at_a_rate_that_needs_no_clipping(tmp_path):
+    """The status is 1 where the claim did not hold, and no plot is drawn unless asked for."""
+    needs("sklearn")
+    done = python(EXAMPLES / "numpy_agc.py", "--rate", "0.03", "--steps", "150", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.rstrip().endswith("the claim did not hold")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.library("jax")
+def test_jax_private_train(tmp_path):
+    needs("jax", "optax", "sklearn", "dp_accounting")
+    done = python(EXAMPLES / "jax_private_train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quiet, noisy = numbers(r"test (\d\.\d+);", done.stdout)
+    assert quiet > noisy > 0.8
+    epsilon, delta = map(float, re.search(r"^epsilon (\S+) at delta (\S+):", done.stdout, re.M).groups())
+    assert 1 < epsilon < 8
+    assert delta == 1e-4
+    (overflow,) = numbers(r"counted into delta: (\S+)", done.stdout)
+    assert overflow < 1e-12
+
+
+@pytest.mark.library("jax")
+def test_jax_private_train_refuses_batches_that_may_not_fit(tmp_path):
+    needs("jax", "optax", "sklearn", "dp_accounting")
+    done = python(EXAMPLES / "jax_private_train.py", "--batch", "230", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "too large a batch: a draw may not fit into 256 slots" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.library("jax")
+def test_jax_private_train_without_the_accountant(tmp_path):
+    needs("jax", "optax", "sklearn")
+    path = str(EXAMPLES / "jax_private_train.py")
+    done = python("-c", RUNNER.format(preparation="sys.modules['dp_accounting'] = None", path=path), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "needs dp-accounting: pip install" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.library("numpy")
+def test_the_picture_of_which_clip(tmp_path):
+    needs("matplotlib")
+    plot = tmp_path / "tmp.png"
+    done = python(EXAMPLES.parent / "docs" / "which_clip.py", plot, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
 
 
@@ -188,15 +260,28 @@ def test_compare(tmp_path):
 
 @pytest.mark.library("numpy")
 @pytest.mark.parametrize(
-    ("answer", "cell"),
+    ("name", "answer", "row"),
     [
-        ("Clipped([x * (1 + 1e-5) for x in out.grads], out.norm)", "wrong values"),
-        ("Clipped(out.grads, out.norm * (1 + 1e-5))", "norm 0.001% high"),
-        ("Clipped([x * 0 for x in out.grads], out.norm)", "zeros"),
-        ("1 / 0", "error"),
+        ("clip_grad_norm", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"float16 \[300, 400\]  +ok$"),
+        ("clip_grad_norm", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"\[1e20, 1e20\] +wrong values$"),
+        ("clip_grad_norm", "Clipped(out[0], out.norm * (1 + 1e-5))", r"0-d leaf 5 +norm 0.001% high$"),
+        ("clip_grad_norm", "Clipped([x * 0 for x in out[0]], out.norm)", r"\[1e20, 1e20\] +zeros$"),
+        ("clip_grad_norm", "1 / 0", r"leaf: \[1e20, 1e20\], .* error$"),
+        ("clip_grad_norm", "right(*args)", r"leaf: \[1e20, 1e20\], .* norms misshapen$"),
+        ("clip_grad_norm", "right(args[0], args[1], 2, per='leaf')", r"rms: float16 .* norm 41% high$"),
+        ("clip_grad_agc", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"agc: \[1e20, .* wrong values$"),
+        ("clip_grad_agc", "right(*args, per='leaf')", r"agc: one NaN: .* norms misshapen$"),
+        ("clip_grad_agc", "Clipped([x[:, ::-1] for x in out[0]], out.norm)", r"agc: one NaN: .* finite left$"),
+        ("clipped_sum", "Clipped([x * (1 + 1e-5) for x in out[0]], out.norm)", r"example: \[1e20, .* wrong values$"),
+        (
+            "clipped_sum",
+            "Clipped([x * (1 + 3e-6) for x in out[0]], out.norm)",
+            r"example: one alone: .* over the bound$",
+        ),
+        ("clipped_sum", "right(*args, nonfinite='propagate')", r"example: one NaN: .* nan$"),
     ],
 )
-def test_compare_tells_a_wrong_answer(tmp_path, answer, cell):
+def test_compare_tells_a_wrong_answer(tmp_path, name, answer, row):
     """The yardstick itself: a gradclip made wrong on purpose, alone in the table, is found out."""
     needs("mpmath", "ml_dtypes")
     wrong = tmp_path / "wrong.py"
@@ -205,14 +290,14 @@ def test_compare_tells_a_wrong_answer(tmp_path, answer, cell):
         "from gradclip import Clipped\n"
         "class Absent:\n"
         "    def find_spec(name, path=None, target=None):\n"
-        "        if name in ('jax', 'torch', 'optax', 'tensorflow', 'mlx'):\n"
+        "        if name in ('jax', 'torch', 'optax', 'tensorflow', 'keras', 'mlx'):\n"
         "            raise ImportError(f'{name} is not there')\n"
         "sys.meta_path.insert(0, Absent)\n"
-        "right = gradclip.clip_grad_norm\n"
-        "def clip_grad_norm(*args):\n"
-        "    out = right(*args)\n"
+        f"right = gradclip.{name}\n"
+        "def wrong(*args, **options):\n"
+        "    out = right(*args, **options)\n"
         f"    return {answer}\n"
-        "gradclip.clip_grad_norm = clip_grad_norm\n"
+        f"gradclip.{name} = wrong\n"
     )
     preparation = "sys.path.insert(0, '.'); import wrong"
     path = str(EXAMPLES / "compare.py")
@@ -220,7 +305,7 @@ def test_compare_tells_a_wrong_answer(tmp_path, answer, cell):
     assert done.returncode == 1, done.stdout + done.stderr
     table, footer = done.stdout.split("\n\n", 1)
     assert table.splitlines()[0].split() == ["gradclip", "numpy"]
-    assert cell in table
+    assert re.search(f"^{row}", table, re.MULTILINE), table
     assert re.search(r"Not compared: .*torch \(ImportError: torch is not there\)", footer), footer
     right, rows = map(int, re.search(r"gradclip: (\d+) of (\d+) right$", footer.strip()).groups())
     assert right < rows

@@ -273,7 +273,12 @@ def test_sizes_around_the_rows_of_one_pass() -> None:
 
 
 BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "a word": ("layer", 1.0, ValueError, r"per must be None, 'leaf', a tree of labels or a function .* got 'layer'"),
+    "a word": (
+        "layer",
+        1.0,
+        ValueError,
+        r"per must be None, 'leaf', 'unit', 'example', gradclip.Units\(axis\), a tree of labels or .* got 'layer'",
+    ),
     "a tree that does not fit": (
         {"enc": 1},
         1.0,

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from meshes import mesh_of
 
 import exact
 import gradclip
+from meshes import mesh_of
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402

@@ -773,12 +773,12 @@ def generic() -> Iterator[None]:
     """Let NumPy arrays be clipped by the generic kernels."""
     import array_api_compat.numpy
 
-    import gradclip._clip
+    import gradclip._call
     from gradclip._backends.generic import Backend as Generic
 
     backend = Generic(array_api_compat.numpy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradclip._clip, "backend_for", lambda *args: backend)
+        patch.setattr(gradclip._call, "backend_for", lambda *args: backend)
         yield
 
 

@@ -17,6 +17,7 @@ pytestmark = [
 
 CASES = (
     "groups",
+    "family",
     "norms",
     "extremes",
     "boundary",

@@ -36,6 +36,9 @@ class Communicator:
         self.grads, self.p = grads, p
         self.sent = b""
         self.passes: list[Any] = []
+        self.asked: list[bytes] = []  # whether the ranks mean the same
+        self.other_says = b""  # else the other rank says what this one says
+        self.verb: Any = lambda grads, p, all_reduce: gradclip.global_norm(grads, p, all_reduce=all_reduce)
 
     def rank_id(self) -> int:
         return self.rank
@@ -68,7 +71,7 @@ class Communicator:
                 out.set(self.passes[i].reshape(-1))
             return self.passes[i] if i <= passed else partial
 
-        gradclip.global_norm(self.grads, self.p, all_reduce=other)
+        self.verb(self.grads, self.p, other)
 
     def allGather(self, sendbuf: int, recvbuf: int, count: int, datatype: int, stream: int) -> None:
         assert datatype == 1, "ncclUint8"
@@ -76,7 +79,11 @@ class Communicator:
         self.sent = bytes(view(sendbuf, count, np.uint8).get())
         table = np.zeros((2, count), np.uint8)
         table[self.rank] = np.frombuffer(self.sent, np.uint8)
-        table[1 - self.rank, :9] = np.frombuffer(b"  grads.x", np.uint8)
+        text = b"  grads.x"
+        if self.sent.startswith(b"norm_type"):
+            self.asked.append(self.sent.rstrip(b"\0"))
+            text = self.other_says or self.asked[-1]
+        table[1 - self.rank, : len(text)] = np.frombuffer(text, np.uint8)
         view(recvbuf, 2 * count, np.uint8).set(table.reshape(-1))
 
 
@@ -110,6 +117,31 @@ def test_one_call_joins_the_ranks(p: float, rank: int) -> None:
     assert len(comm.calls) == (1 if p in (2, 1, 0, INF, -INF) else 2)
     assert all(count <= 4 for _, count in comm.calls)
     assert set(comm.streams) == {stream.ptr}, "the current stream, as everything else"
+
+
+FAMILY: dict[str, Any] = {
+    "unit": lambda x, p, f: gradclip.clip_grad_norm(x, 0.5, p, per=gradclip.Units(0), all_reduce=f),
+    "example": lambda x, p, f: gradclip.clip_grad_norm(x, 0.5, p, per="example", all_reduce=f),
+    "agc": lambda x, p, f: gradclip.clip_grad_agc(x, x, 0.25, p, per=gradclip.Units(0), all_reduce=f),
+    "sum": lambda x, p, f: gradclip.clipped_sum(x, 0.5, p, all_reduce=f),
+}
+
+
+@pytest.mark.parametrize("p", [2.0, "rms", 3.0])
+@pytest.mark.parametrize("call", FAMILY)
+def test_many_groups_join_in_one_call(call: str, p: Any) -> None:
+    """The ranks have the same units or examples, and each some columns of them: as if one had them all."""
+    mine, other = np.float32([[3, -0.5], [1e20, 2], [0.25, 4]]), np.float32([[1, 2, 3], [4, 5, 6], [7, 8, 1e-3]])
+    comm = Communicator(0, [other], p)
+    comm.verb = FAMILY[call]
+    got, norm = FAMILY[call]([cupy.asarray(mine)], p, gradclip.distributed.nccl(comm))
+    whole, want = FAMILY[call]([np.concatenate([mine, other], axis=1)], p, None)
+    np.testing.assert_allclose(got[0].get(), whole[0][..., :2], rtol=1e-6)
+    got_norms, want_norms = (x[0] if isinstance(x, list) else x for x in (norm, want))
+    np.testing.assert_allclose(got_norms.get(), want_norms, rtol=1e-6)
+    columns = 6 if call == "agc" else 3
+    rows = {2.0: [4], "rms": [5], 3.0: [3, 2]}[p]
+    assert [n for _, n in comm.calls] == [n * columns for n in rows]
 
 
 def test_an_iterator_of_flags_is_read_once() -> None:
@@ -212,3 +244,31 @@ def test_gpu_aware_mpi_gets_device_arrays() -> None:
     assert float(norm) == 10.0, "four ranks with the same"
     assert float(gradclip.global_norm([cupy.asarray(np.float32([3, 4]))], -INF, all_reduce=engine)) == 3.0
     assert calls == [MPI.SUM, MPI.MIN]
+
+
+def test_the_ranks_are_asked_once_for_their_groups() -> None:
+    comm = Communicator(0, [OTHER], 2.0)
+    comm.verb = lambda grads, p, join: gradclip.norms(grads, p, all_reduce=join)
+    grads = [cupy.asarray(MINE)]
+    for _ in range(3):
+        comm.calls, comm.passes = [], []
+        joined = gradclip.distributed.nccl(comm)
+        (norm,) = gradclip.norms(grads, all_reduce=joined)
+        exact.check_norm(float(norm), exact.norm([MINE, OTHER]), "float32")
+    assert comm.asked == [b"norm_type 2.0, nonfinite='propagate', 1 leaves"]
+    comm.calls, comm.passes, comm.verb = [], [], lambda grads, p, join: gradclip.global_norm(grads, p, all_reduce=join)
+    gradclip.global_norm(grads, all_reduce=joined)
+    assert len(comm.asked) == 1, "all elements are one group anywhere"
+
+
+def test_ranks_that_mean_different_groups_are_told() -> None:
+    comm = Communicator(0, [OTHER], 2.0)
+    comm.other_says = b"norm_type 2.0, nonfinite='propagate', 3 examples"
+    grads = [cupy.ones((2, 3), cupy.float32)]
+    with pytest.raises(
+        ValueError,
+        match=r"^the ranks do not agree, and nothing was clipped: rank 0: .*, 2 examples; rank 1: .*, 3 examples$",
+    ):
+        gradclip.clip_grad_norm_(grads, 1.0, per="example", all_reduce=gradclip.distributed.nccl(comm))
+    assert comm.calls == []
+    assert (grads[0].get() == 1).all()

@@ -84,7 +84,7 @@ def test_products_of_16_bits_are_rounded_to_nearest(dtype):
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_rows_of_equal_elements(kind):
     """The worst case of a sum in the dtype itself: all errors have one sign. Promised are 4 units, 2 to 4 eps."""
-    row = blocks._row(kind)
+    row = blocks.row(kind)
     assert row in (512, 256, 128, 64, 0)
     for value in np.random.default_rng(1).uniform(1, 2, 300).astype(kind):
         got = mpmath.sqrt(mpmath.mpf(blocks._dot_rows(np.full(10 * max(row, 1), value))))
@@ -102,8 +102,8 @@ def test_a_library_that_adds_in_one_row_is_not_trusted(monkeypatch):
         return out
 
     monkeypatch.setattr(np, "vecdot", in_one_row)
-    assert blocks._row.__wrapped__(np.float32) < 256
-    monkeypatch.setattr(blocks, "_row", lambda kind: 0)
+    assert blocks.row.__wrapped__(np.float32) < 256
+    monkeypatch.setattr(blocks, "row", lambda kind: 0)
     x = np.full(1000, 0.1, np.float32)
     exact.check_norm(gradclip.global_norm([x]), exact.norm([x]), "float32", ulps=1)
 

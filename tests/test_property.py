@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import exact
 from backends import Backend, leaves, np_dtype
 from exact import mpmath
+from gradclip import Units
+from parts import norm_at, parts_of, pieces
 
 #: Shapes and dtypes come from a list of layouts, so that compiling libraries compile each once.
 LAYOUTS = [
@@ -26,12 +28,15 @@ LAYOUTS = [
     [((5,), "float64")],
     [((3,), "float32"), ((2, 2), "float64"), ((1,), "float16")],
     [((3,), "complex128"), ((2,), "float64")],
+    [((2, 3), "float32"), ((2,), "float16"), ((2, 2, 3), "float32")],
+    [((4, 2), "bfloat16"), ((4, 1, 2), "complex64")],
+    [((2, 3, 2), "float64"), ((2, 4), "float32")],
 ]
 
-OTHER_P = [1.0, math.inf, 0.0, 3.0, 0.5, -math.inf, -1.0, 1000.0, 0.05]
+OTHER_P = ["rms", 1.0, math.inf, 0.0, 3.0, 0.5, -math.inf, -1.0, 1000.0, 0.05]
 
 
-def norm_types(xp: Backend, layout: int) -> list[float]:
+def norm_types(xp: Backend, layout: int) -> list[Any]:
     """p = 2 for every layout, and the others; where each layout and p is compiled, a third of the others in turn."""
     others = OTHER_P[layout % 3 :: 3] if xp.compiles else OTHER_P
     return [2.0] * (len(others) // 2) + others
@@ -71,14 +76,16 @@ def problems(draw, xp):
     labels = [st.sampled_from(["first", "second", None]) for _ in tree]
     if xp.compiles:  # one labelling of each layout
         labels = [st.just(label) for label, _ in zip(["second", "first", None], tree, strict=False)]
-    per = draw(st.sampled_from([None, None, "leaf"]) | st.tuples(*labels).map(list))
+    along = ["unit", Units(0), *["example"] * (layout >= 10)]
+    if xp.compiles:
+        along = [along[layout % len(along)]]
+    along = along if all(shape for shape, _ in LAYOUTS[layout]) else ["unit"]
+    if any(len(shape) > 1 for shape, _ in LAYOUTS[layout]):
+        per = draw(st.sampled_from([None, "leaf", *along, *along]) | st.tuples(*labels).map(list))
+    else:
+        per = draw(st.sampled_from([None, None, "leaf"]) | st.tuples(*labels).map(list))
     ratios = st.sampled_from([0.0, 0.5, 0.9999, 1.0001, 3.0, 1e-3, 1e-9, math.inf]) | st.floats(0, 2)
     return tree, p, per, [draw(ratios) for _ in tree], draw(st.booleans())
-
-
-def labels_of(tree: list[np.ndarray], per: Any) -> list[Any]:
-    """The group of each leaf; None where it is left alone."""
-    return {None: [0] * len(tree), "leaf": list(range(len(tree)))}[per] if per in (None, "leaf") else per
 
 
 def bound_of(xp: Backend, want: Any, ratio: float, dtype: str) -> float:
@@ -88,19 +95,19 @@ def bound_of(xp: Backend, want: Any, ratio: float, dtype: str) -> float:
 
 def check(xp: Backend, tree: list[np.ndarray], p: float, per: Any, ratios: list[float], one_bound: bool) -> None:
     """Clip each group to its own ratio of its exact norm, and compare norms and every element with exact arithmetic."""
-    labels = labels_of(tree, per)
-    parts = {g: [i for i, label in enumerate(labels) if label == g] for g in dict.fromkeys(labels) if g is not None}
+    groups = parts_of(tree, per)
+    one_bound = one_bound or per in (None, "unit", "example") or isinstance(per, Units)
     # Where subnormals may count as zero, let them be zeros for both sides.
     known = [flush(x) for x in tree] if xp.flushes else tree
-    wants = {g: exact.norm([known[i] for i in part], p) for g, part in parts.items()}
-    bounds = {g: bound_of(xp, wants[g], r, exact.norm_dtype([tree[i] for i in parts[g]]))
-              for g, r in zip(parts, ratios, strict=False)}  # fmt: skip
-    if per is None or one_bound:
-        bounds = dict.fromkeys(bounds, min(bounds.values(), default=1.0))
+    wants = {g: exact.norm(pieces(known, parts), p) for g, parts in groups.items()}
+    bounds = {g: bound_of(xp, wants[g], r, exact.norm_dtype(pieces(tree, groups[g])))
+              for g, r in zip(groups, ratios, strict=False)}  # fmt: skip
+    if one_bound:
+        bounds = dict.fromkeys(groups, min(bounds.values(), default=1.0))
     grads = [xp.array(x) for x in tree]
     before = [xp.numpy(x).tobytes() for x in grads]
-    argument: Any = bounds if isinstance(per, list) else list(bounds.values())
-    if per is None or one_bound:
+    argument: Any = {g: c for (g,), c in bounds.items()} if isinstance(per, list) else list(bounds.values())
+    if one_bound:
         argument = min(bounds.values(), default=1.0)
     out, norms = xp.clip_grad_norm(grads, argument, p, **({} if per is None else {"per": per}))
     note(f"p={p} per={per} bounds={bounds} exactly {[mpmath.nstr(want, 20) for want in wants.values()]}")
@@ -111,18 +118,24 @@ def check(xp: Backend, tree: list[np.ndarray], p: float, per: Any, ratios: list[
         assert xp.owns(new)
         assert xp.numpy(new).dtype == was.dtype
         assert new.shape == was.shape
-    for i, label in enumerate(labels):
-        if label is None:
-            assert xp.numpy(out[i]).tobytes() == tree[i].tobytes(), "left alone"
+    for i in set(range(len(tree))).difference(i for parts in groups.values() for i, _ in parts):
+        assert xp.numpy(out[i]).tobytes() == tree[i].tobytes(), "left alone"
     if isinstance(per, list):
-        assert set(norms) == set(parts)
-    by_group = {0: norms} if per is None else norms
-    for g, part in parts.items():
-        check_group(xp, [out[i] for i in part], [tree[i] for i in part], p, xp.numpy(by_group[g]), wants[g], bounds[g])
+        assert {(g,) for g in norms} == set(groups)
+    got, norms = [xp.numpy(x) for x in out], xp.back(norms)
+    for g, parts in groups.items():
+        norm = np.asarray(norm_at(norms, g))
+        check_group(xp, pieces(got, parts), pieces(tree, parts), p, norm, wants[g], bounds[g])
 
 
 def check_group(
-    xp: Backend, out: list[Any], given_tree: list[np.ndarray], p: float, norm: np.ndarray, want: Any, bound: float
+    xp: Backend,
+    out: list[np.ndarray],
+    given_tree: list[np.ndarray],
+    p: float,
+    norm: np.ndarray,
+    want: Any,
+    bound: float,
 ) -> None:
     """The norm of a group and its clipped leaves, as if it were alone."""
     normal = mpmath.mpf(2) ** -126
@@ -133,7 +146,7 @@ def check_group(
     reported = float(norm)
     if xp.flushes and p == 0 and want <= reported <= exact.norm(given_tree, 0):
         want = mpmath.mpf(reported)  # subnormals may count, or not
-    ulps = 4 if p in (0, 1, 2, math.inf, -math.inf) else max(8, abs(4 / p))
+    ulps = 4 if p in ("rms", 0, 1, 2, math.inf, -math.inf) else max(8, abs(4 / p))
     floor = exact.smallest_normal(dtype)
     if xp.flushes and want < 2 * floor:
         assert reported <= 4 * floor
@@ -145,7 +158,6 @@ def check_group(
     if want and mpmath.mpf(bound) < want and not reported <= bound:
         factor = mpmath.mpf(bound) / want
     for new, old, was in zip(out, tree, given_tree, strict=True):
-        new = xp.numpy(new)
         if reported <= bound:
             assert new.tobytes() == was.tobytes(), "not clipped, so not a bit may change"
             continue

@@ -39,6 +39,7 @@ ROOMS = (
     ("leaves", ("_leaves.py",)),
     ("arguments", ("_arguments.py",)),
     ("shards", ("_shards.py", "_nonfinite.py")),
+    ("calls", ("_call.py",)),
     ("package", ("__init__.py",)),  # before the verbs' pattern, above them all the same: see `rank`
     ("program", ("__main__.py",)),
     ("verbs", ("_*.py",)),
@@ -363,11 +364,15 @@ NAMES = {
     "clip_grad_norm_",
     "clip_grad_value",
     "clip_grad_value_",
+    "clip_grad_agc",
+    "clipped_sum",
     "norms",
     "Clipped",
     "Culprit",
     "LeafError",
     "NonFiniteError",
+    "ClippedSum",
+    "Units",
     "set_num_threads",
 }
 VERBS = sorted(name for name in NAMES if name.islower())
@@ -382,6 +387,7 @@ def test_the_public_names():
     assert issubclass(gradclip.LeafError, TypeError)
     assert issubclass(gradclip.NonFiniteError, FloatingPointError)
     assert gradclip.Clipped._fields == ("grads", "norm")
+    assert gradclip.ClippedSum._fields == ("sum", "norm")
 
 
 @pytest.mark.parametrize("name", VERBS)

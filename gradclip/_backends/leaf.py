@@ -61,7 +61,8 @@ class OneLeaf:
         # In float64, what a plain sum of narrower elements loses cannot be seen in the result.
         total = _last_axis(xp.sum) if acc == xp.float64 and not norm.binned else self._total
         reduce = total if op == "sum" else _last_axis(getattr(xp, op))
-        terms = norm.terms(xp, parts, tuple(x[:, :, None] for x in seen))
+        known = tuple([x[k, :, None] for k in range(x.shape[0])] for x in seen)
+        terms = norm.terms(xp, parts, known)
         n, rest = leaf.shape
         alike = [
             None if hasattr(x, "shape") else self._full(x * rest, acc, array_api_compat.device(leaf)) for x in terms
@@ -158,7 +159,7 @@ def on(device: Any) -> AbstractContextManager[Any]:
 
 def entries(row: Array, start: int, n: int) -> Array:
     """The numbers of n groups, from a row of all groups, or 0-d from one number for all."""
-    if row.ndim and row.shape[0] > 1:
+    if row.ndim and row.shape[0] != 1:
         return row[start : start + n]
     return row[0] if row.ndim else row
 

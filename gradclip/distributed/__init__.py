@@ -131,11 +131,11 @@ def mpi(comm: Any, replicated: Tree = None, *, gpu_aware: bool = False) -> Engin
 
     Notes
     -----
-    One `Allreduce` of 16 float64 numbers, and one more of the partial where it has more than 11; twice that for p
-    outside 0, 1, 2, inf, -inf. MPI promises the same result on all ranks, so the factor is the same bit for bit. A
-    norm is float64 on all ranks if a leaf of its group is on any. ``nonfinite="error"`` raises on all ranks and names
-    rank and key path, by one `allgather` more in that case only. A rank that raises or dies by itself leaves the
-    others waiting: ``python -m mpi4py`` ends them all.
+    One `Allreduce` of 5 float64 numbers and the partial, 16 in all for one group; twice that for p outside 0, 1, 2,
+    inf, -inf. A call with another number of groups than the last one takes one more. MPI promises the same result on
+    all ranks, so the factor is the same bit for bit. A norm is float64 on all ranks if a leaf of its group is on any.
+    ``nonfinite="error"`` raises on all ranks and names rank and key path, by one `allgather` more in that case only. A
+    rank that raises or dies by itself leaves the others waiting: ``python -m mpi4py`` ends them all.
 
     Examples
     --------
@@ -172,8 +172,10 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
     -----
     One `allReduce` of at most 4 float64 numbers for each group, on the current stream of the communicator's device; two
     for p outside 0, 1, 2, inf, -inf. The host does not wait, except on a rank without leaves. The ranks must agree on
-    all arguments: NCCL would not tell. ``nonfinite="error"`` raises on all ranks and names rank and key path, by one
-    `allGather` in that case only; each rank's text is cut at 4,096 bytes.
+    all arguments: NCCL would not tell. With `per`, the first call of each kind on a communicator asks all ranks, by one
+    `allGather` for which the host waits, and raises ValueError on all of them if they mean different groups (not where
+    a CUDA graph is captured: call once before). ``nonfinite="error"`` raises on all ranks and names rank and key path,
+    by one `allGather` in that case only; each rank's text is cut at 4,096 bytes.
 
     Examples
     --------

@@ -13,10 +13,9 @@ from mpi4py import MPI
 from gradclip._types import Array, Call, ReduceOp, Tree
 from gradclip.distributed._ranks import Ranks
 
-#: A message: what all ranks must agree on, then the partial where it is short (one group), and zeros.
-_WIDTH = 16
+#: A message: what all ranks must agree on, then the partial. One of one group takes the least that is sent.
 _AGREED = ("norm_type", "nonfinite", "operation", "bits of the accumulation", "groups")
-_START = len(_AGREED)
+_START, _LEAST = len(_AGREED), 16
 
 _OPS: tuple[ReduceOp, ...] = ("sum", "max", "min")
 _MPI_OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
@@ -34,9 +33,23 @@ def _merge(one: Any, two: Any, datatype: Any) -> None:
 
 
 @lru_cache
-def _message() -> tuple[Any, Any]:
-    """The datatype of a message, which MPI never takes apart, and the operation that joins two."""
-    return MPI.DOUBLE.Create_contiguous(_WIDTH).Commit(), MPI.Op.Create(_merge, commute=True)
+def _operation() -> Any:
+    return MPI.Op.Create(_merge, commute=True)
+
+
+@lru_cache
+def _message(length: int) -> Any:
+    """The datatype of a message, which MPI never takes apart."""
+    return MPI.DOUBLE.Create_contiguous(length).Commit()
+
+
+@lru_cache
+def _attribute() -> int:
+    """Under this key a communicator keeps how long the last message was: the same on all its ranks.
+
+    What a rank sends first has that length, whatever its own groups are: so ranks that differ are still able to say so.
+    """
+    return MPI.Comm.Create_keyval()
 
 
 class Mpi(Ranks):
@@ -60,27 +73,29 @@ class Mpi(Ranks):
             self.comm.Allreduce(partial, out, op=_MPI_OPS[op])
             return out
         mine = np.ascontiguousarray(_on_host(partial), np.float64)
-        sent, got = np.zeros(_WIDTH), np.empty(_WIDTH)
-        bits, groups = xp.finfo(partial.dtype).bits, crc32(call.groups.encode())
-        sent[:_START] = call.norm_type, call.nonfinite == "error", _OPS.index(op), bits, groups
-        end = _START + mine.size
-        if end <= _WIDTH:
+        length, end = self.comm.Get_attr(_attribute()) or _LEAST, _START + mine.size
+        fits = length == max(_LEAST, end)
+        sent, got = np.zeros(length), np.empty(length)
+        bits = xp.finfo(partial.dtype).bits
+        norm_type, groups = (crc32(text.encode()) for text in (str(call.norm_type), f"{call.groups}: {mine.size}"))
+        sent[:_START] = norm_type, call.nonfinite == "error", _OPS.index(op), bits, groups
+        if fits:
             sent[_START:end] = mine.reshape(-1)
-        kind, merge = _message()
-        self.comm.Allreduce([sent, 1, kind], [got, 1, kind], op=merge)
+        self.comm.Allreduce([sent, 1, _message(length)], [got, 1, _message(length)], op=_operation())
         split = [i for i in range(_START) if np.isnan(got[i])]
         if split:  # on all ranks, for they all have the same `got`
             policy = "'error'" if call.nonfinite == "error" else "another policy"
-            told = f"{call.norm_type:g}", policy, op, str(bits), call.groups
+            told = str(call.norm_type).removesuffix(".0"), policy, op, str(bits), call.groups
             said = self.comm.allgather(", ".join(told[i] for i in split))
-            names = " and ".join(_AGREED[i] for i in split)
+            wrong = " and ".join(_AGREED[i] for i in split)
             ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said[:16]))
-            raise ValueError(f"the ranks do not agree on {names}, and nothing was clipped: {ranks}")
-        if end <= _WIDTH:
+            raise ValueError(f"the ranks do not agree on {wrong}, and nothing was clipped: {ranks}")
+        if fits:
             joined = got[_START:end].reshape(mine.shape)
         else:  # all ranks have as many numbers to join, now that they agree
             joined = np.empty_like(mine)
             self.comm.Allreduce(mine, joined, op=_MPI_OPS[op])
+            self.comm.Set_attr(_attribute(), max(_LEAST, end))
         return xp.asarray(joined, dtype=partial.dtype, device=array_api_compat.device(partial))
 
     def gather(self, text: str) -> list[str]:

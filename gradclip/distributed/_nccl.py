@@ -17,6 +17,9 @@ _OPS = {"sum": 0, "max": 2, "min": 3}
 
 _TEXT = 4096  # bytes of each rank's message
 
+#: What the ranks of a communicator, by its id, were found to agree on.
+_agreed: dict[int, tuple[Any, set[Call]]] = {}
+
 
 class Nccl(Ranks):
     """See `gradclip.distributed.nccl`."""
@@ -33,12 +36,27 @@ class Nccl(Ranks):
             raise TypeError(f"nccl joins CuPy arrays, and these gradients are of {type(partial).__module__}")
         if partial.dtype != np.float64:
             raise TypeError(f"nccl joins float64 partials, got {partial.dtype}")
+        self._ask(call)
         with self._device() as device:
             sent = cupy.ascontiguousarray(move(partial, device) if has_leaves else cupy.asarray(partial))
             got = cupy.empty_like(sent)
             stream = cupy.cuda.get_current_stream().ptr
             self.comm.allReduce(sent.data.ptr, got.data.ptr, sent.size, _FLOAT64, _OPS[op], stream)
             return move(got, partial.device) if has_leaves else got.get()
+
+    def _ask(self, call: Call) -> None:
+        """Raise ValueError, on all ranks, unless they mean the same groups. The host waits, once for each kind of call.
+
+        All elements are one group on any rank; and while a CUDA graph is captured, nothing may wait.
+        """
+        _, known = _agreed.setdefault(id(self.comm), (self.comm, set()))
+        if call.groups == Call().groups or call in known or cupy.cuda.get_current_stream().is_capturing():
+            return
+        said = self.gather(f"norm_type {call.norm_type}, nonfinite={call.nonfinite!r}, {call.groups}")
+        if len(set(said)) > 1:
+            ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said[:16]))
+            raise ValueError(f"the ranks do not agree, and nothing was clipped: {ranks}")
+        known.add(call)
 
     def gather(self, text: str) -> list[str]:
         raw = text.encode()[:_TEXT]

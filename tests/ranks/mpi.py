@@ -113,10 +113,12 @@ def groups() -> None:
     for per, members in (("leaf", {"w": "w", "v": "v", "b": "b"}), ({"w": 0, "v": 1, "b": 0}, {0: "wb", 1: "v"})):
         for p in (2.0, 3.0, INF, -INF):
             mine = {name: x[0] if copies[name] else x[rank] for name, x in whole.items()}
+            gradclip.norms(mine, p, per=per, all_reduce=mpi(world, copies))
             world.calls.clear()
             grads, norm = gradclip.clip_grad_norm(mine, 0.5, p, per=per, all_reduce=mpi(world, copies))
             assert all(name == "Allreduce" for name, _ in world.calls)
-            assert len(world.calls) <= 4, "a header and a partial for each pass"
+            if p != 3:
+                assert world.calls == [("Allreduce", max(16, 5 + 4 * len(members)))], world.calls
             for key, names in members.items():
                 want = exact.norm([whole[name] for name in names], p)
                 exact.check_norm(norm[key], want, "float32", 8)
@@ -133,6 +135,45 @@ def groups() -> None:
     assert "the ranks do not agree on groups, and nothing was clipped: rank 0: labels 'b', 'a'; rank 1: " in said, said
     said = message_of(ValueError, gradclip.norms, [np.ones(2)] * (1 + (rank == 1)), all_reduce=mpi(world))
     assert "rank 0: 1 leaves; rank 1: 2 leaves" in said, said
+
+
+def family() -> None:
+    """Units and examples of which every rank holds a part: one collective; AGC and the sum of examples likewise."""
+    rng = np.random.default_rng(11)
+    whole = rng.standard_normal((3, 4 * size, 2)).astype(np.float32)
+    params = rng.standard_normal(whole.shape).astype(np.float32) / 4
+    own = slice(4 * rank, 4 * rank + 4)
+    mine, weights, joined = [whole[:, own]], [params[:, own]], mpi(world)
+
+    def calls(f: Any, slots: int, count: int) -> Any:
+        f()
+        world.calls.clear()
+        out = f()
+        assert world.calls == [("Allreduce", max(16, 5 + slots * count))], world.calls
+        return out
+
+    each = calls(lambda: gradclip.norms(mine, per="example", all_reduce=joined), 4, 3)
+    for norm, example in zip(each, whole, strict=True):
+        exact.check_norm(norm, exact.norm([example]), "float32")
+    (units,) = calls(lambda: gradclip.norms(mine, "rms", per=gradclip.Units(0), all_reduce=joined), 5, 3)
+    assert units.shape == (3, 1, 1)
+    for norm, unit in zip(units.ravel(), whole, strict=True):
+        exact.check_norm(norm, exact.norm([unit], "rms"), "float32")
+    (total,), _ = calls(lambda: gradclip.clipped_sum(mine, 2.0, all_reduce=joined), 4, 3)
+    factors = [min(1.0, float(2 / exact.norm([example]))) for example in whole]
+    want = sum(f * example[own].astype(np.float64) for f, example in zip(factors, whole, strict=True))
+    np.testing.assert_allclose(total, want, atol=1e-5)
+    clipped, _ = calls(lambda: gradclip.clip_grad_agc(mine, weights, 0.5, per="unit", all_reduce=joined), 4, 4)
+    for k in range(2):
+        bound = 0.5 * exact.norm([params[..., k]])
+        factor = min(1.0, float(bound / exact.norm([whole[..., k]])))
+        np.testing.assert_allclose(clipped[0][..., k], mine[0][..., k] * np.float64(factor), rtol=1e-6)
+    differing = [np.ones((2 + (rank == 1), 5 - (rank == 1)))]
+    said = message_of(ValueError, gradclip.norms, differing, per=gradclip.Units(0), all_reduce=joined)
+    assert "rank 0: 1 leaves of 2 units; rank 1: 1 leaves of 3 units" in said, said
+    said = message_of(ValueError, gradclip.clipped_sum, differing, 1.0, all_reduce=joined)
+    assert "rank 0: 2 examples; rank 1: 3 examples" in said, said
+    assert float(gradclip.global_norm(differing, all_reduce=joined)) > 0, "the next call is fine again"
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from gradclip._backends.cupy import compiler, programs, table
+from gradclip._backends.cupy import compiler, programs, table, tiles
+from gradclip._backends.cupy.compiler import NotCompiled
 from gradclip._backends.cupy.text import THREADS
 from gradclip._norms import Norm
 from gradclip._types import Array
@@ -17,10 +18,12 @@ from gradclip._types import Array
 #: Blocks of one launch: as many threads as the largest GPUs run at once.
 _BLOCKS = 1024
 NULL = np.uint64(0)
+#: There must be less groups and columns than this: so far the kernels count.
+_GROUPS, _COLUMNS = 2**28, 2**31
 
 
 class Columns(NamedTuple):
-    """Partials that are not joined yet: `text.JOIN` says which columns are whose."""
+    """Partials that are not joined yet: `sums.JOIN` says which columns are whose."""
 
     values: Array
     keys: Any = NULL
@@ -30,29 +33,63 @@ class Columns(NamedTuple):
         return self.values, np.uint32(self.values.shape[1]), self.keys, np.uint32(self.sections)
 
 
-def blocks(launch: Any) -> int:
-    """The blocks of a launch with this table."""
-    return min(int(launch["chunks"]), _BLOCKS)
+def check(groups: int, columns: int = 0) -> None:
+    """Raise NotCompiled where there are more than the kernels count."""
+    if groups >= _GROUPS or columns >= _COLUMNS:
+        raise NotCompiled
 
 
-def measured(leaves: Sequence[Array], norm: Norm, base: Sequence[int], count: int, seen: Sequence[Array]) -> Columns:
-    """What leaves contribute to one pass: a column for each block, and with several groups for each leaf.
+def blocks(pieces: Any) -> int:
+    """The blocks of a launch over so many pieces of work."""
+    return min(int(pieces), _BLOCKS)
 
-    No `base`: all are in one group. Raises NotCompiled.
+
+def split(leaves: Sequence[Array], keep: Sequence[int | None]) -> tuple[list[int], list[int]]:
+    """Which leaves are in one group each, and of which an axis is kept."""
+    found: tuple[list[int], list[int]] = [], []
+    for i, (leaf, axis) in enumerate(zip(leaves, keep, strict=True)):
+        found[axis is not None and leaf.shape[axis] > 1].append(i)
+    return found
+
+
+def measured(
+    leaves: Sequence[Array],
+    norm: Norm,
+    base: Sequence[int],
+    keep: Sequence[int | None],
+    count: int,
+    seen: Sequence[Array],
+) -> Columns:
+    """What leaves contribute to one pass: columns for each block, and with several groups for each leaf.
+
+    `base` and `keep`: as in `Groups`, of which there are `count`. Raises NotCompiled.
     """
     leaves = [leaf if table.is_dense(leaf) else cupy.ascontiguousarray(leaf) for leaf in leaves]
-    kinds = table.kinds(leaves, real=False)
-    kernel = compiler.compiled(programs.measure(norm, len(seen), kinds), "gradclip_measure")
-    launches = list(table.tables(table.entries(leaves, real=False, groups=base, count=count)))
-    widths = [blocks(launch) + (int(launch["leaves"]) if base else 0) for launch in launches]
+    step, whole, kept = len(seen), *split(leaves, keep)
+    grouped = count > 1
+    plain = [leaves[i] for i in whole]
+    kinds = table.kinds(plain, real=False)
+    runs = [table.Run(base[i], 1, 1) for i in whole] if grouped else []
+    launches = list(table.tables(table.entries(plain, real=False, runs=runs, count=count if grouped else 0)))
+    widths = [blocks(launch["chunks"]) + (int(launch["leaves"]) if grouped else 0) for launch in launches]
     *starts, total = accumulate(widths, initial=0)
-    values = cupy.empty((norm.slots[len(seen)], total), cupy.float64)
-    keys = cupy.empty(total, cupy.uint32) if base else NULL
-    known, width = (seen[0], seen[0].shape[1]) if seen else (NULL, 1)
+    spread = [leaves[i] for i in kept]
+    runs = [table.run_of(leaves[i], keep[i], base[i]) for i in kept]
+    tiled, total = tiles.tables(spread, runs, len(kinds) * count, total)
+    check(count, total)
+    values = cupy.empty((norm.slots[step], total), cupy.float64)
+    keys = cupy.empty(total, cupy.uint32) if grouped else NULL
+    known = (seen[0], np.uint32(seen[0].shape[1])) if seen else (NULL, np.uint32(1))
+    stride = np.uint32(total)
+    if launches:
+        kernel = compiler.compiled(programs.measure(norm, step, kinds), "gradclip_measure")
     for launch, at in zip(launches, starts, strict=True):
-        place = values, np.uint32(values.shape[1]), np.uint32(at), keys
-        kernel((blocks(launch),), (THREADS,), (launch, *place, known, np.uint32(width)))
-    return Columns(values, keys, len(kinds) if base else 1)
+        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, values, stride, np.uint32(at), keys, *known))
+    if tiled:
+        kernel = compiler.compiled(programs.spread(norm, step, table.kinds(spread, real=False)), "gradclip_spread")
+    for launch in tiled:
+        kernel((blocks(launch["tiles"]),), (THREADS,), (launch, values, stride, keys, *known))
+    return Columns(values, keys, len(kinds) + bool(kept) if grouped else 1)
 
 
 def joined(columns: Columns, norm: Norm, step: int, count: int) -> Array:

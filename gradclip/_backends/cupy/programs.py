@@ -16,11 +16,12 @@ from functools import lru_cache
 from typing import Any
 
 from gradclip._backends.cupy import expressions as xp
-from gradclip._backends.cupy import text
+from gradclip._backends.cupy import sums, text
 from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, NUMBERS, REAL
 from gradclip._backends.cupy.table import TABLE
-from gradclip._backends.cupy.text import ALIGNMENT, LEAVES
+from gradclip._backends.cupy.text import ALIGNMENT, KEPT, LEAVES, ONE, WHOLE
+from gradclip._backends.cupy.tiles import TILES
 from gradclip._decide import Bounds, decide
 from gradclip._norms import Norm, Seen, Terms, identity
 from gradclip._parts import Parts, longest_of
@@ -42,14 +43,22 @@ class Census(Norm):
 _HEAD = NUMBERS % {"threads": text.THREADS}
 
 
-def _table(grouped: bool) -> str:
+def _table(grouped: int) -> str:
     sizes = {"leaves": LEAVES[grouped], "kinds": len(KINDS), "bytes": TABLE[grouped].itemsize}
-    return text.TABLE % {**sizes, "group": text.GROUP % sizes if grouped else ""}
+    group = text.GROUP if grouped else ""
+    inner, length = (text.INNER, text.LENGTH) if grouped == KEPT else ("", "")
+    index = "unsigned" if grouped == KEPT else "unsigned short"
+    fields = {"inner": inner % sizes, "group": group % sizes + "\n    " + length % sizes, "index": index}
+    return text.TABLE % {**sizes, **fields} + text.VISIT
+
+
+def _chunks(each: str) -> str:
+    return text.CHUNKS % {"find": text.FIND % {"piece": "chunk"}, "each": each}
 
 
 def _joining(norm: Norm, step: int) -> dict[str, Any]:
     op = norm.ops[step]
-    return {"merge": text.MERGE[op], "slots": norm.slots[step], "identity": xp.number(identity(op)).form}
+    return {"merge": sums.MERGE[op], "slots": norm.slots[step], "identity": xp.number(identity(op)).form}
 
 
 def _choice(kinds: tuple[str, ...], run: str) -> str:
@@ -65,11 +74,23 @@ def _choice(kinds: tuple[str, ...], run: str) -> str:
 def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
     """The kernel of one pass of a norm over leaves of these kinds: it writes partials as columns."""
     joining = _joining(norm, step)
-    run = "gather_{1}((const {0}*)t.from[low] + skipped, n, s, c, seen + t.to[low] % groups, groups);"
-    each = text.FLUSH % {**joining, "choice": _choice(kinds, run)}
+    run = "gather_{1}((const {0}*)t.from[low] + skipped, n, threadIdx.x ? 0.0 : n, s, c, "
+    run += "seen + t.to[low] % groups, groups);"
+    each = sums.FLUSH % {**joining, "choice": _choice(kinds, run)}
     gather = "".join(_gather(norm, step, kind) for kind in kinds)
-    body = text.MEASURE % {**joining, "gather": gather, "chunks": text.CHUNKS % {"each": each}}
-    return _HEAD + _table(False) + text.VISIT + text.JOINING % joining + body
+    body = sums.MEASURE % {**joining, "gather": gather, "chunks": _chunks(each)}
+    return _HEAD + _table(ONE) + sums.JOINING % joining + body
+
+
+@lru_cache(maxsize=256)
+def spread(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
+    """The same over leaves of which an axis is kept."""
+    joining = _joining(norm, step)
+    run = "gather_{1}((const {0}*)t.from[low] + skipped, area, n, s, c, seen + key % groups, groups);"
+    gather = "".join(_gather(norm, step, kind) for kind in kinds)
+    sizes = {"leaves": text.TILED, "kinds": len(KINDS), "bytes": TILES.itemsize}
+    body = {"gather": gather, "find": text.FIND % {"piece": "tile"}, "choice": _choice(kinds, run)}
+    return _HEAD + sums.TILES % sizes + sums.JOINING % joining + sums.SPREAD % {**joining, **body}
 
 
 def _gather(norm: Norm, step: int, kind: str) -> str:
@@ -85,13 +106,16 @@ def _gather(norm: Norm, step: int, kind: str) -> str:
         # In double, what a plain sum of narrower elements loses cannot be seen in the result.
         join = "add(s[{0}], c[{0}], {1});" if wide else "s[{0}] += {1};"
     printed = Printed(*names)
-    ends = [join.format(k, printed.name(term)) for k, term in enumerate(terms) if term is not None]
+    each = {k: term for k, term in enumerate(terms) if isinstance(term, Expression)}
+    ends = [join.format(k, printed.name(term)) for k, term in each.items()]
+    alike = {k: term for k, term in enumerate(terms) if k not in each and term}
+    counts = [join.format(k, f"{xp.number(term).form} * elements") for k, term in alike.items()]
     read = [f"const double {name} = widen(e{'' if kind == component else f'.{name}'});" for name in names]
-    head = f"visit<false>(p, ({storage}*)0, n, [&](const {storage}& e) {{"
-    inside = "\n    ".join([*printed.once, head, *read, *printed.each, *ends, "});"])
+    head = f"each(p, n, [&](const {storage}& e, unsigned) {{"
+    inside = "\n    ".join([*counts, *printed.once, head, *read, *printed.each, *ends, "});"])
     return f"""
-__device__ __forceinline__ void gather_{kind}(
-    const {storage}* p, unsigned n, double* s, double* c, const double* seen, unsigned groups
+template <class N> __device__ __forceinline__ void gather_{kind}(
+    const {storage}* p, const N& n, double elements, double* s, double* c, const double* seen, unsigned groups
 ) {{
     {inside}
 }}
@@ -108,60 +132,86 @@ def _seen(norm: Norm, step: int, group: str) -> tuple[Any, ...]:
 def joined(norm: Norm, step: int) -> str:
     """The kernel that joins the columns of every group into one."""
     joining = _joining(norm, step)
-    body = text.JOINED % {**joining, "columns": text.COLUMNS, "join": text.JOIN % joining}
-    return _HEAD + text.JOINING % joining + body
+    body = sums.JOINED % {**joining, "columns": sums.COLUMNS}
+    return _HEAD + sums.JOINING % joining + sums.JOIN % joining + body
 
 
 @lru_cache(maxsize=256)
 def settle(norm: Norm | None) -> str:
     """The kernel that joins the last pass's columns of every group and decides on it, in one thread for each group.
 
-    None: for norms that are given. Its parameters: the outputs; the flags of groups whose norm is float64, the first
-    group of the launch, how many groups there are, and whether what is not finite becomes 0; each bound; then, unless
-    norms are given, the columns, the flags of all shards, and the partial of the pass before.
+    None: for norms that are given. Its parameters: the outputs; where norms turn from float32 to float64 and back, the
+    first group of the launch, how many groups there are, and whether what is not finite becomes 0; each bound; then,
+    unless norms are given, the columns, the flags of all shards, the partial of the pass before, and whether bounds are
+    relative to parameters, whose columns follow: what is not is relative to parameters of norm 0.
     """
     body, head, join = Printed(), "", ""
-    names = ["max_norm", "divide_by", *(["norm"] if norm is None else [])]
+    names = ["max_norm", "divide_by", "unit", *(["norm"] if norm is None else [])]
     parameters = [text.BOUND.format(name) for name in names]
-    norms = None
+    norms = params = None
     if norm is not None:
         last = len(norm.ops) - 1
         joining = _joining(norm, last)
-        parameters += [text.COLUMNS, "const double* widths", "const double* seen"]
-        head, join = text.JOINING % joining, text.JOIN % joining
-        final = [Expression(f"whole(s[{k}], {{}})", (Expression(f"c[{k}]"),)) for k in range(norm.slots[last])]
-        norms = replace(norm, binned=True).finish(xp, (*_seen(norm, last, " + g"), final))
+        parameters += [sums.COLUMNS, "const double* widths", "const double* seen", "bool relative"]
+        head = sums.JOINING % joining + sums.JOIN % joining
+        norms = _finished(norm, "s", "c", " + g")
+        others, own = _finished(norm, "ps", "pc", " + count + g"), Printed()
+        exponent = xp.number(0.0) if others.exponent is None else others.exponent
+        shown = {"mantissa": own.name(others.mantissa), "exponent": own.name(exponent)}
+        join = text.FOUND % joining + text.RELATIVE % {**shown, "body": "\n        ".join(own.once)}
+        params = Scaled(Expression("params"), Expression("params_exponent"))
     bounds = Bounds(**{name: Scaled(Expression(text.READ, (Expression(name),)), None) for name in names})
     wide = Expression("(widths ? widths[g] != 0 : doubled)" if norm else "doubled", dtype="bool")
-    zero = decide(xp, norms, bounds, wide, "zero")
-    other = decide(xp, norms, bounds, wide, "propagate")
+    zero = decide(xp, norms, bounds, wide, "zero", params)
+    other = decide(xp, norms, bounds, wide, "propagate", params)
     numerator = zero.numerator.where(xp, Expression("zeroes", dtype="bool"), other.numerator)
     factors = quotient(xp, numerator, other.denominator)
     shift = xp.number(1.0) if factors.shift is None else factors.shift
     shown = {name: body.name(getattr(other, name)) for name in ("norm", "finite", "joined_finite")}
     shown |= {"factor": body.name(factors.factor), "shift": body.name(shift)}
-    fixed = {"words": text.GROUPS // 32, "parameters": ", ".join(parameters), "join": join}
+    fixed = {"turns": text.TURNS, "parameters": ", ".join(parameters), "join": join}
     return _HEAD + head + text.SETTLE % {**fixed, **shown, "body": "\n    ".join(body.once)}
+
+
+def _finished(norm: Norm, s: str, c: str, group: str) -> Scaled:
+    """The norm of what has been joined in the arrays `s` and `c`."""
+    last = len(norm.ops) - 1
+    final = [Expression(f"whole({s}[{k}], {{}})", (Expression(f"{c}[{k}]"),)) for k in range(norm.slots[last])]
+    return replace(norm, binned=True).finish(xp, (*_seen(norm, last, group), final))
 
 
 @lru_cache(maxsize=8)
 def row() -> str:
-    """The kernel that puts single numbers, by value or from the device, into one row."""
-    read = "if (row.kind[i] == {0}) {{ out[i] = widen(*(const {1}*)p); continue; }}"
+    """The kernel that puts numbers, by value or from the device, into one row."""
+    read = "if (kind == {0}) {{ out[i] = widen(((const {1}*)p)[k]); continue; }}"
     cases = "\n        ".join(read.format(i, KINDS[name].storage) for i, name in enumerate(REAL, start=1))
     return _HEAD + text.ROW % {"entries": text.ENTRIES, "cases": cases}
 
 
 @lru_cache(maxsize=256)
-def scale(kinds: tuple[str, ...], grouped: bool) -> str:
+def scale(kinds: tuple[str, ...], grouped: int) -> str:
     """The kernel that writes `leaf * shift * factor * shift`; a complex leaf is twice as many real numbers to it.
 
-    `grouped`: by the factors of the leaf's group; else all by one.
+    `grouped`: by the factors of the groups that the table tells; else all by one.
     """
+    group = {ONE: "0", WHOLE: "t.group[low]", KEPT: text.IN_GROUP}[grouped]
+    factor = text.FACTOR % {"group": group}
     run = "visit<true>((const {0}*)t.from[low] + skipped, "
     run += f"(base ? ({{0}}*)(base + t.to[low] * {ALIGNMENT}ull) : ({{0}}*)t.from[low]) + skipped, n, "
-    run += "[&]({0}& x) {{ if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor * shift, x); }});"
-    each = _choice(kinds, run)
-    factor = text.FACTOR % {"group": "t.group[low]" if grouped else "0", "leave": "continue" if grouped else "return"}
-    chunks = text.CHUNKS % {"each": factor + each if grouped else each}
-    return _HEAD + _table(grouped) + text.VISIT + text.SCALE % {"once": "" if grouped else factor, "chunks": chunks}
+    run += f"[&]({{0}}& x, unsigned i) {{{{ {factor if grouped == KEPT else ''}"
+    run += "if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor * shift, x); }});"
+    before = {ONE: "", WHOLE: factor + text.UNCHANGED.format(leave="continue"), KEPT: text.PHASE}[grouped]
+    once = factor + text.UNCHANGED.format(leave="return") if grouped == ONE else ""
+    return _HEAD + _table(grouped) + text.SCALE % {"once": once, "chunks": _chunks(before + _choice(kinds, run))}
+
+
+@lru_cache(maxsize=256)
+def weighted(kinds: tuple[str, ...]) -> str:
+    """The kernel that adds up runs, each times a factor, in float32 or float64."""
+    run = "weigh((const {0}*)t.from[low], ({2}*)(base + t.to[low] * "
+    run += f"{ALIGNMENT}ull), skipped, n, t.inner[low], t.length[low], factors, shifts);"
+    each = " else ".join(
+        _choice((kind,), run.replace("{2}", "Double" if kind == "float64" else "Single")) for kind in kinds
+    )
+    least = {"single": xp.number(2.0**-126).form, "double": xp.number(2.0**-1022).form}
+    return _HEAD + _table(KEPT) + text.WEIGHTED % {**least, "chunks": _chunks(each)}

@@ -180,6 +180,7 @@ def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
 
         def body(k: Any, totals: list[Array]) -> list[Array]:
             # Behind a barrier: XLA would take the cast of narrow leaves out of the loop, and write it out.
+            # One for each leaf: a joint one has all of them vary over the axes, in `shard_map`, over which any does.
             arrays = [lax.optimization_barrier((x, k))[0] for x in leaves]
             return [x + y for x, y in zip(totals, some(first + k * _AT_ONCE, _AT_ONCE, arrays), strict=True)]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -20,7 +19,8 @@ import numpy as np
 
 from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import scalars, units
-from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, padded, pairs, squares, squares_of_each
+from gradclip._backends.numpy.jobs import BLOCK, jobs_of, sums_of
+from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, pairs
 from gradclip._dtypes import dtype_names
 from gradclip._groups import Groups
 from gradclip._norms import Norm, RmsNorm, Seen, TwoNorm, identity
@@ -30,13 +30,6 @@ from gradclip._types import Array
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-#: Leaves up to here are strung together, so that a norm costs one pass of 0.1 us an element and not 2 us a leaf.
-_SMALL = 1 << 13
-_LITTLE = padded(_SMALL)
-
-#: What one thread takes at once, in elements. A second one pays for no fewer.
-_BLOCK = 1 << 20
 
 _SINGLE, _DOUBLE, _COMPLEX = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.complex128)
 
@@ -85,6 +78,7 @@ class NumpyBackend(Backend):
             self._of_whole([leaves[i] for i in whole], [groups.base[i] for i in whole], norm, groups, out)
             self._of_units(leaves, norm, groups, out)
         if isinstance(norm, RmsNorm):
+            out[3] = 0
             for leaf, start, block in zip(leaves, groups.base, groups.block, strict=True):
                 n = 1 if leaf.size == 0 else groups.lengths[block]
                 out[3, start : start + n] += leaf.size // n
@@ -92,11 +86,11 @@ class NumpyBackend(Backend):
 
     def _of_whole(self, leaves: Sequence[Array], base: Sequence[int], norm: Norm, groups: Groups, out: Array) -> None:
         """The sums of leaves of one group each."""
-        jobs = _jobs(leaves, base, groups)
+        jobs = jobs_of(leaves, base, groups)
         owners: list[int] = []
         sums: list[float] = []
         again: dict[int, list[Array]] = defaultdict(list)
-        for job, found in zip(jobs, _shared(_sums, jobs, leaves, "float16", "bfloat16"), strict=True):
+        for job, found in zip(jobs, _shared(sums_of, jobs, leaves, "float16", "bfloat16"), strict=True):
             for i in [i for i, s in enumerate(found) if s != s]:
                 arrays = job.arrays if len(found) == 1 else [job.arrays[i]]
                 again[job.groups[i]] += [self._contribution(x, None, norm, np.float64, ())[:, 0] for x in arrays]
@@ -115,11 +109,11 @@ class NumpyBackend(Backend):
 
     def _of_units(self, leaves: Sequence[Array], norm: Norm, groups: Groups, out: Array) -> None:
         """The sums of leaves of which an axis is kept."""
-        views = {i: units.view(leaves[i], groups.keep[i])[0] for i in groups.kept if leaves[i].size}
+        views = {i: units.view(leaves[i], axis)[0] for i, axis in groups.kept.items() if leaves[i].size}
         jobs = [
             (i, part, some, groups.wide[groups.block[i]])
             for i, x in views.items()
-            for part, some in units.pieces(x, _BLOCK)
+            for part, some in units.pieces(x, BLOCK)
         ]
         sums = _shared(lambda job: units.squares(job[1], job[3]), jobs, leaves, "float16", "bfloat16")
         own = {i: np.zeros((norm.slots[0], x.shape[1])) for i, x in views.items()}
@@ -167,14 +161,16 @@ class NumpyBackend(Backend):
         narrow, flags = row.astype(np.float32), wide | np.zeros(groups.count, bool)
         if groups.count == len(groups.shapes) and not any(groups.shapes):
             return [(row if wide else narrow)[i, ...] for i, wide in enumerate(flags.tolist())]
-        blocks = zip(groups.starts, groups.lengths, groups.shapes, strict=True)
-        return [(row if n and flags[start] else narrow)[start : start + n].reshape(shape) for start, n, shape in blocks]
+        of_block = zip(groups.starts, groups.lengths, groups.shapes, groups.wide, strict=True)
+        return [
+            (row if (flags[start] if n else is_wide) else narrow)[start : start + n].reshape(shape)
+            for start, n, shape, is_wide in of_block
+        ]
 
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        factor = _each(factors.factor, groups.count)
-        shift = _each(1.0 if factors.shift is None else factors.shift, groups.count)
+        factor, shift = _both(factors, groups.count)
         plain = (shift == 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)
         changes = ~plain | (factor != 1)
         if not changes.any():
@@ -195,13 +191,17 @@ class NumpyBackend(Backend):
                 own = slice(group, group + groups.lengths[block])
                 if leaf.size and changes[own].any():
                     outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
-                    jobs += units.scaling(leaf, out, keep, factor[own], shift[own], wide, self._scaled)
+                    row = factor[own] if wide or leaf.dtype.char in "dD" else single[own]
+                    narrow = leaf.dtype.itemsize == 2 and (wide or row.max() > 1)  # bit operations see no overflow
+                    simple = plain[own].all() and not narrow
+                    steps = (row,) if simple else (shift[own], factor[own], shift[own])
+                    jobs += units.scaling(leaf, out, keep, steps, self._scaled)
             elif is_changed[group]:
                 outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
-                row = rows.get(leaf.dtype) if is_plain[group] and leaf.size <= _BLOCK else None
+                row = rows.get(leaf.dtype) if is_plain[group] and leaf.size <= BLOCK else None
                 if row is None or (wide and row is single):
                     steps = (factor[group],) if is_plain[group] else (shift[group], factor[group], shift[group])
-                    cut = pairs(np.asarray(leaf), out, _BLOCK)
+                    cut = pairs(np.asarray(leaf), out, BLOCK)
                     jobs += [partial(multiplied, x, y, steps, wide) for x, y in cut]
                 else:
                     np.multiply(leaf, row[group, ...], out)
@@ -211,23 +211,19 @@ class NumpyBackend(Backend):
         )
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
-        factor = _each(factors.factor, groups.count)
-        shift = _each(1.0 if factors.shift is None else factors.shift, groups.count)
+        by = units.weights(*_both(factors, groups.count))
         matrices = [units.matrix(x) for x in leaves]
-        totals = [np.zeros(x.shape[1]) for x in matrices]
-        jobs = [
-            (x[:, at : at + width], total[at : at + width])
-            for x, total in zip(matrices, totals, strict=True)
-            for width in [max(1, _BLOCK // max(1, len(x)))]
-            for at in range(0, x.shape[1], width)
-        ]
-        _shared(lambda job: units.weighted_sum(*job, factor, shift), jobs, leaves, "float16", "bfloat16")
+        width = max(1, 2 * BLOCK // max(1, groups.count))
+        jobs = [(i, x[:, at : at + width]) for i, x in enumerate(matrices) for at in range(0, x.shape[1], width)]
+        sums = _shared(lambda job: units.weighted_sum(job[1], by), jobs, leaves, "float16", "bfloat16")
+        parts: list[list[Array]] = [[np.zeros(0)] for _ in leaves]
+        for (i, _), total in zip(jobs, sums, strict=True):
+            parts[i].append(total)
         out = []
-        for leaf, x in zip(leaves, totals, strict=True):
-            wide = leaf.dtype.char in "dD"
-            x = self._normal(x, wide)
-            x = x.view((np.complex128 if wide else np.complex64) if leaf.dtype.kind == "c" else x.dtype)
-            out.append(x.reshape(leaf.shape[1:]))
+        for leaf, own in zip(leaves, parts, strict=True):
+            total = self._normal(np.concatenate(own), wide=leaf.dtype.char in "dD")
+            dtype = np.result_type(total, np.complex64) if leaf.dtype.kind == "c" else total.dtype
+            out.append(total.view(dtype).reshape(leaf.shape[1:]))
         return out
 
     def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
@@ -260,58 +256,12 @@ def _shared(f: Callable[[T], R], jobs: Sequence[T], leaves: Sequence[Array], *al
     threads wait for each other's interpreter lock: the norm of 25 million float16 elements took 15 ms with one, and 25
     with two.
     """
-    few = len(jobs) < 2 or sum(x.size for x in leaves) < _BLOCK
+    few = len(jobs) < 2 or sum(x.size for x in leaves) < BLOCK
     return each(f, jobs, 1 if few or dtype_names(leaves).intersection(alone) else num_threads())
 
 
-@dataclass(slots=True)
-class _Job:
-    """Arrays of one dtype whose squares a thread adds up at once: one sum for each, or one for all of one group."""
-
-    arrays: list[Array]
-    groups: list[int]
-    wide: bool
-    room: int = CHUNK
-
-
-def _jobs(leaves: Sequence[Array], base: Sequence[int], groups: Groups) -> list[_Job]:
-    """The leaves as jobs, each as long as one thread should take at once."""
-    jobs: list[_Job] = []
-    is_open: dict[Any, _Job] = {}
-    apart, mixed = groups.count > 1, len(set(groups.wide)) > 1
-    for leaf, group in zip(leaves, base, strict=True):
-        n, wide = leaf.size, groups.each_wide[group]
-        if n > _SMALL:
-            jobs += [_Job([x], [group], wide) for x in blocks(leaf, _BLOCK)]
-        elif n:
-            key = (leaf.dtype, wide) if mixed else leaf.dtype
-            job = is_open.get(key)
-            if job is None:
-                job = is_open[key] = _Job([], [], wide)
-            job.arrays.append(leaf)
-            job.groups.append(group)
-            job.room -= padded(n) if apart else n
-            if job.room < _LITTLE:
-                jobs.append(is_open.pop(key))
-    return jobs + list(is_open.values())
-
-
-def _sums(job: _Job) -> list[float]:
-    """The sums of |x|^2, NaN where a plain sum cannot say."""
-    if len(set(job.groups)) > 1:
-        return squares_of_each(job.arrays, job.wide)
-    block = job.arrays[0].reshape(-1) if len(job.arrays) == 1 else np.concatenate(job.arrays, axis=None)
-    return [squares(block if block.dtype.isnative else block.astype(block.dtype.newbyteorder("=")), job.wide)]
-
-
-def _each(row: Any, n: int) -> Array:
-    """The numbers of n groups, from a row or from one number for all."""
-    values = np.asarray(row, np.float64).reshape(-1)
-    return values if len(values) == n else np.repeat(values, n)
-
-
-def _steps(factor: float, shift: float) -> Sequence[float]:
-    """What to multiply by, in this order: nothing, one normal float32 number, or two shifts and a factor between."""
-    if shift == 1 and 2.0**-126 <= factor <= 2.0**126:
-        return (factor,) if factor != 1 else ()
-    return shift, factor, shift
+def _both(factors: Factors, n: int) -> tuple[Array, Array]:
+    """The factor and the shift of each of n groups."""
+    rows = (np.asarray(1.0 if x is None else x, np.float64).reshape(-1) for x in factors)
+    factor, shift = (x if len(x) == n else np.repeat(x, n) for x in rows)
+    return factor, shift

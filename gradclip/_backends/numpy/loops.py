@@ -46,6 +46,12 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+def room(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array to write to: for up to a chunk of float32 numbers the thread's own, and no memory that must be found."""
+    n = math.prod(shape)
+    return _scratch.other[:n].reshape(shape) if dtype == np.float32 and n <= CHUNK else np.empty(shape, dtype)
+
+
 def squares(block: Array, wide: bool) -> float:
     """The sum of |x|^2; NaN where a plain sum cannot say: an element is not finite, or squares leave the range.
 
@@ -99,7 +105,7 @@ def widened(numbers: Array, wide: bool) -> Array:
     if wide:
         return numbers.astype(np.float64, copy=False)
     widen = _WIDEN.get(dtype_name(numbers))
-    return numbers if widen is None else widen(numbers, _scratch.wide)
+    return numbers if widen is None else widen(numbers.reshape(-1), _scratch.wide).reshape(numbers.shape)
 
 
 def _trusted(total: float, x: Array) -> float:
