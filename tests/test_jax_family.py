@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from meshes import mesh_of, strict_jax  # noqa: F401
 
 import exact
 import gradclip
 from gradclip.distributed import psum
+from meshes import mesh_of, strict_jax  # noqa: F401
 
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
