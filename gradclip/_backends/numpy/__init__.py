@@ -113,7 +113,7 @@ class NumpyBackend(Backend):
         jobs = [
             (i, part, some, groups.wide[groups.block[i]])
             for i, x in views.items()
-            for part, some in units.pieces(x, BLOCK)
+            for part, some in units.pieces(x, 2 * BLOCK)
         ]
         sums = _shared(lambda job: units.squares(job[1], job[3]), jobs, leaves, "float16", "bfloat16")
         own = {i: np.zeros((norm.slots[0], x.shape[1])) for i, x in views.items()}
