@@ -60,15 +60,16 @@ def given(
     )
     beside = None if params is None else parameters(params, parts.flat)
     found = [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])]
-    arrays = list({id(x): x for x in found if x is not None and not isinstance(x, float)}.values())
+    arrays = [x for x in found if x is not None and not isinstance(x, float)]
     if arrays or beside or parts.flat is not flat:
         flat, backend = parts.flat, backend_for(parts.flat, arrays, beside or [])
     leaves = backend.adopt(flat.values)
     others = None if beside is None else backend.adopt([x.value for x in beside])
     # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
-    acc = backend.accumulation([*leaves, *(others or [])])
-    kinds = {dtype_name(leaves[i]) for i in flat.samples}.union(map(dtype_name, others or []))
-    norm = norm_for(norm_type, binned=all_reduce is not None or not all(fits(kind, acc) for kind in kinds))
+    measured = [leaves[i] for i in flat.samples] + list(others or [])
+    acc = backend.accumulation([*leaves, *others] if others else leaves)
+    fit = all(fits(dtype_name(x), acc) for x in measured)
+    norm = norm_for(norm_type, binned=all_reduce is not None or not fit)
     shards = None
     if all_reduce is not None and bounds.norm is None:  # else nothing is measured
         call, groups = Call(norm_type, nonfinite, parts.described()), parts.groups

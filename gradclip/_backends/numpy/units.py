@@ -149,24 +149,28 @@ def scaling(
     leaf: Array,
     out: Array,
     keep: int,
-    steps: Sequence[Array],
+    factor: Array,
+    shift: Array,
+    wide: bool,
     product: Callable[[Array, Sequence[Array]], Array],
 ) -> list[Callable[[], Any]]:
-    """What is to be run so that `out` is the leaf times one row of normal numbers, or any steps, as `product` does it.
+    """What is to be run so that `out` is the leaf times n numbers, `shift * factor * shift`.
 
-    By one row, the product is formed in the wider dtype of row and leaf, and rounded once.
+    Normal ones are multiplied in at once, in float32 up to 32 bits unless `wide`; of others `product` knows how.
     """
     x, y = view(leaf, keep, out)
-    if len(steps) == 1 and x.size <= BLOCK:
-        jobs: list[Callable[[], Any]] = [partial(_multiplied, x, y, steps[0])]
-    elif len(steps) == 1:
-        cut = zip(pieces(x, BLOCK), pieces(y, BLOCK), strict=True)
-        jobs = [partial(_multiplied, source, to, steps[0][some]) for (source, some), (to, _) in cut]
+    row = factor if wide or leaf.dtype.char in "dD" else factor.astype(np.float32)
+    plain = ((shift == 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)).all()
+    if leaf.dtype.itemsize == 2:  # bit operations see no overflow
+        plain = plain and not wide and row.max() <= 1
+    cut = zip(pieces(x, BLOCK if plain else CHUNK), pieces(y, BLOCK if plain else CHUNK), strict=True)
+    jobs: list[Callable[[], Any]]
+    if plain:
+        jobs = [partial(_multiplied, source, to, row[some]) for (source, some), (to, _) in cut]
     else:
-        cut = zip(pieces(x, CHUNK), pieces(y, CHUNK), strict=True)
+        steps = [step[None, :, None] for step in (shift, factor, shift)]
         jobs = [
-            partial(_exactly, source, to, [step[None, some, None] for step in steps], product)
-            for (source, some), (to, _) in cut
+            partial(_exactly, source, to, [step[:, some] for step in steps], product) for (source, some), (to, _) in cut
         ]
     if y.base is out or np.may_share_memory(y, out):
         return jobs
