@@ -80,7 +80,7 @@ def clip_grad_agc(
     (array([[0.   , 0.001],
            [0.5  , 0.   ]]), array([[2., 1.]]))
     """
-    call = given(grads, norm_type, per, Bounds(clipping, unit=eps), nonfinite, all_reduce, params, "clipping")
+    call = given(grads, norm_type, per, Bounds(clipping, unit=eps), nonfinite, all_reduce, (params,), "clipping")
     with call.backend.session(call.leaves, in_place=False):
         verdict = settled(call)
         leaves = call.backend.scale(call.leaves, verdict.factors, call.groups, in_place=False)

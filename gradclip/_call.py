@@ -43,10 +43,10 @@ def given(
     bounds: Bounds,
     nonfinite: Nonfinite,
     all_reduce: AllReduce | None,
-    params: Tree = None,
+    params: tuple[Tree] | None = None,
     name: str = "max_norm",
 ) -> Given:
-    """Check everything, before any work. `params`: a tree like the gradients. `name`: what `max_norm` is called."""
+    """Check everything, before any work. `params`: in a tuple, a tree like the gradients. `name`: that of `max_norm`."""
     norm_type, nonfinite = _arguments.norm_type(norm_type), _arguments.policy(nonfinite)
     all_reduce = _arguments.all_reduce(all_reduce)
     flat = active(grads)
@@ -58,7 +58,7 @@ def given(
         None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True),
         None if bounds.unit is None else _arguments.scalar("eps", bounds.unit, positive=True),
     )
-    beside = None if params is None else parameters(params, parts.flat)
+    beside = None if params is None else parameters(*params, parts.flat)
     found = [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])]
     arrays = [x for x in found if x is not None and not isinstance(x, float)]
     if arrays or beside or parts.flat is not flat:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from operator import index
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -33,10 +34,11 @@ class Units:
     axis: int = -1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.axis, int) or isinstance(self.axis, bool):
+        if not hasattr(self.axis, "__index__") or isinstance(self.axis, bool):
             raise TypeError(
                 f"Units takes the axis to keep, an int, got {self.axis!r} of type {type(self.axis).__name__}"
             )
+        object.__setattr__(self, "axis", index(self.axis))
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class Groups:
 
     def beside(self) -> Groups:
         """These groups, and as many again for as many leaves of the same shapes."""
-        twice = Groups(2 * self.block, 2 * self.keep, self.shapes, self.wide)
-        return twice.split([0] * len(self.block) + [1] * len(self.block))
+        others = tuple(k + len(self.shapes) for k in self.block)
+        return Groups(self.block + others, 2 * self.keep, 2 * self.shapes, 2 * self.wide)
 
 
 class Grouped(NamedTuple):
@@ -153,7 +155,7 @@ def grouped(flat: Flat, per: Per) -> Grouped:
         return Grouped(flat, _made((0,) * n, (None,) * n, ((),), (is_wide,)))
     if per == "example":
         return Grouped(flat, _made((0,) * n, (0,) * n, ((_examples(flat),),), (is_wide,)))
-    if isinstance(per, str) and per not in ("leaf", "unit"):
+    if per is Units or (isinstance(per, str) and per not in ("leaf", "unit")):
         raise ValueError(
             "per must be None, 'leaf', 'unit', 'example', gradclip.Units(axis), a tree of labels or a function "
             f"(key path, leaf) -> label, got {per!r}"

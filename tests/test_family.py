@@ -216,7 +216,7 @@ def test_rms(xp: Backend) -> None:
     ) == pytest.approx(math.sqrt(12.5), rel=1e-7)
     zeros = xp.tree([np.zeros(3, np.float32)])
     out = xp.clip_grad_norm(zeros, 0.0, "rms")  # optax's clip_by_block_rms gives NaN
-    assert float(xp.numpy(out.norm)) == 0
+    assert float(out.norm) == 0
     assert not xp.numpy(out.grads[0]).any()
     huge = np.full(1000, 1e38, np.float32)
     exact.check_norm(xp.numpy(xp.global_norm(xp.tree([huge]), "rms")), exact.norm([huge], "rms"), "float32")
@@ -291,6 +291,22 @@ def test_agc_takes_parameters_of_other_dtypes_and_leaves_out_none(xp: Backend) -
     assert out.norm["b"] is None
     assert xp.dtype_of(out.norm["a"]) == "float32"
     np.testing.assert_allclose(xp.numpy(out.grads["c"]), [0.125], rtol=1e-6)
+
+
+def test_agc_of_nothing(xp: Backend) -> None:
+    for per in (None, "unit", "leaf"):
+        out = xp.clip_grad_agc([None], [None], per=per)
+        assert out.grads == [None]
+        assert out.norm == [None] if per else float(out.norm) == 0
+
+
+@pytest.mark.library("torch")
+def test_agc_takes_torch_parameters() -> None:
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    out = gradclip.clip_grad_agc([torch.ones(2, 2)], [weight], 0.1, per=Units(0), eps=0.01)
+    np.testing.assert_allclose(out.grads[0].numpy(), np.array([[0.5, 0.5], [0.001, 0.001]]) / 2**0.5, rtol=1e-6)
+    assert not out.grads[0].requires_grad
 
 
 # -- the sum of clipped examples -----------------------------------------------------------------------------
@@ -485,6 +501,16 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: gradclip.clip_grad_agc(G, {**W, "b": None}),
         ValueError,
         r"^params\['b'\] is None, and its gradient has the shape \(3,\)",
+    ),
+    "no params": (
+        lambda: gradclip.clip_grad_agc([np.ones(3)], None),
+        ValueError,
+        r"^params stands for grads\[0\], and more: params must have an array for every gradient$",
+    ),
+    "the class of units": (
+        lambda: gradclip.norms(G, per=Units),
+        ValueError,
+        r"^per must be None, .* got <class 'gradclip._groups.Units'>$",
     ),
     "integer params": (
         lambda: gradclip.clip_grad_agc(G, {**W, "b": np.ones(3, int)}),
