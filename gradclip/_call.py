@@ -46,7 +46,7 @@ def given(
     params: tuple[Tree] | None = None,
     name: str = "max_norm",
 ) -> Given:
-    """Check everything, before any work. `params`: in a tuple, a tree like the gradients. `name`: that of `max_norm`."""
+    """Check everything, before any work. `params`: in a tuple, a tree like the gradients. `name`: of `max_norm`."""
     norm_type, nonfinite = _arguments.norm_type(norm_type), _arguments.policy(nonfinite)
     all_reduce = _arguments.all_reduce(all_reduce)
     flat = active(grads)
