@@ -22,6 +22,8 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from gradclip._backends.jax.sums import PLAIN_IS_EXACT  # noqa: E402
+
 pytestmark = [pytest.mark.library("jax"), pytest.mark.usefixtures("strict_jax")]
 
 INF = math.inf
@@ -201,7 +203,7 @@ def test_one_example_adds_at_most_the_bound(bound: float, scale: float) -> None:
     for seed in range(5):
         x = normal(1, 50, seed=seed) * scale
         (total,), _ = gradclip.clipped_sum([x], bound)
-        assert sum(Fraction(float(y)) ** 2 for y in np.asarray(total)) <= Fraction(float(np.float32(bound))) ** 2
+        assert sum(Fraction(float(y)) ** 2 for y in np.asarray(total)) <= Fraction(bound) ** 2
 
 
 def test_shifted_factors_in_a_clipped_sum() -> None:
@@ -219,6 +221,11 @@ def test_a_clipped_sum_of_nothing(shape: tuple[int, ...]) -> None:
     assert norm.tolist() == [0.0] * shape[0]
 
 
+#: What XLA writes out is its own affair: that of jaxlib 0.8 writes out products, that of 0.10.2 does not.
+reads_only = pytest.mark.skipif(not PLAIN_IS_EXACT, reason="an XLA before 0.10.2 stores what it could fuse")
+
+
+@reads_only
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_product_is_stored(dtype: str) -> None:
@@ -229,6 +236,7 @@ def test_no_product_is_stored(dtype: str) -> None:
     assert program.memory_analysis().temp_size_in_bytes < size / 8
 
 
+@reads_only
 def test_a_clip_of_bfloat16_examples_stores_nothing_wide() -> None:
     leaf = jax.ShapeDtypeStruct((64, 500, 100), jnp.bfloat16)
     program = compiled(lambda g: tuple(gradclip.clip_grad_norm(g, 1.0, per="example")), [leaf])
