@@ -247,3 +247,53 @@ def test_norms_beside_the_sum(xp: Backend) -> None:
     total, norm = xp.clipped_sum([xp.array(f32([1], [4], [9]))], INF)
     assert xp.numpy(total[0]).tolist() == [14]
     assert xp.numpy(norm).tolist() == [1, 4, 9]
+
+
+# -- the functions themselves, where they are installed ----------------------------------------------------------
+
+
+def moderate_tree() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    rng = np.random.default_rng(5)
+    shapes = {"dense": (7, 5), "conv": (3, 3, 4, 6), "bias": (6,)}
+    grads = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+    return grads, {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+
+
+@pytest.mark.library("jax")
+@pytest.mark.parametrize("clipping", [0.01, 0.5, 2.0])
+def test_agc_beside_optax(clipping: float) -> None:
+    optax = pytest.importorskip("optax")
+    import gradclip
+
+    grads, params = moderate_tree()
+    theirs, _ = optax.adaptive_grad_clip(clipping).update(grads, optax.EmptyState(), params)
+    ours = gradclip.clip_grad_agc(grads, params, clipping).grads
+    for name in grads:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-6)
+
+
+@pytest.mark.parametrize("clipping", [0.01, 0.5, 2.0])
+def test_agc_as_timm_has_it(xp: Backend, clipping: float) -> None:
+    """The formula of timm's adaptive_clip_grad: a norm over all axes but the first, of a vector over all."""
+    grads, params = moderate_tree()
+    out = xp.clip_grad_agc(xp.tree(grads), xp.tree(params), clipping, per=Units(0)).grads
+    for name, g in grads.items():
+        axes = tuple(range(1, g.ndim)) if g.ndim > 1 else None
+        norm, weight = (np.sqrt((x.astype(np.float64) ** 2).sum(axis=axes, keepdims=True)) for x in (g, params[name]))
+        most = np.maximum(weight, 1e-3) * clipping
+        want = np.where(norm < most, g, g * (most / np.maximum(norm, 1e-6)))
+        np.testing.assert_allclose(xp.numpy(out[name]), want, rtol=2e-6)
+
+
+@pytest.mark.library("jax")
+def test_the_sum_beside_optax() -> None:
+    optax = pytest.importorskip("optax")
+    import gradclip
+
+    rng = np.random.default_rng(6)
+    grads = [rng.standard_normal((9, 4, 3)).astype(np.float32), rng.standard_normal((9, 5)).astype(np.float32)]
+    theirs, clipped = optax.per_example_global_norm_clip(grads, 3.0)
+    ours, norm = gradclip.clipped_sum(grads, 3.0)
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    assert int((norm > 3).sum()) == int(clipped)

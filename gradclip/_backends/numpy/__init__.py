@@ -227,7 +227,8 @@ class NumpyBackend(Backend):
             parts[i].append(total)
         out = []
         for leaf, own in zip(leaves, parts, strict=True):
-            total = self._normal(np.concatenate(own), wide=leaf.dtype.char in "dD")
+            total = np.concatenate(own).astype(np.float64 if leaf.dtype.char in "dD" else np.float32, copy=False)
+            total[np.abs(total) < np.finfo(total.dtype).smallest_normal] = 0
             dtype = np.result_type(total, np.complex64) if leaf.dtype.kind == "c" else total.dtype
             out.append(total.view(dtype).reshape(leaf.shape[1:]))
         return out

@@ -264,7 +264,7 @@ def weighted_sum(x: Array, by: Weights) -> Array:
             whole = len(f) - len(f) % _EXAMPLES
             if whole:
                 many = np.matmul(f[:whole].reshape(-1, 1, _EXAMPLES), some[:whole].reshape(-1, _EXAMPLES, x.shape[1]))
-                total += np.add.reduce(many[:, 0], axis=0, dtype=np.float64)
+                total += fold(many[:, 0])
             if whole < len(f):
                 total += f[whole:] @ some[whole:]
     return total
