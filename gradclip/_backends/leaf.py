@@ -63,12 +63,9 @@ class OneLeaf:
         reduce = total if op == "sum" else _last_axis(getattr(xp, op))
         known = tuple([x[k, :, None] for k in range(x.shape[0])] for x in seen)
         terms = norm.terms(xp, parts, known)
-        n, rest = leaf.shape
-        alike = [
-            None if hasattr(x, "shape") else self._full(x * rest, acc, array_api_compat.device(leaf)) for x in terms
-        ]
-        each = [reduce(x) if y is None else xp.broadcast_to(y, (n,)) for x, y in zip(terms, alike, strict=True)]
-        return xp.stack(each)
+        each = [reduce(x) if hasattr(x, "shape") else x for x in terms]
+        like = next(x for x in each if hasattr(x, "shape"))  # of the leaf's own sort: torch's may be sharded
+        return xp.stack([x if hasattr(x, "shape") else xp.full_like(like, x * leaf.shape[1]) for x in each])
 
     def _by_unit(self, leaf: Array, keep: int) -> Array:
         """A row for each index along the axis `keep`."""
