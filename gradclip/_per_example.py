@@ -33,9 +33,9 @@ def clipped_sum(
     Differential Privacy, CCS 2016, algorithm 1, before the noise).
 
     **What an example adds has a norm of at most `max_norm`**, in exact arithmetic: the bound that is clipped to is
-    lower by a part in 2**19 (in 2**42 if all leaves have 64-bit components), more than all errors of the norm and of
-    the factor together. So the sensitivity of the sum, by which noise is measured, is `max_norm`, and not a little
-    more.
+    lower by a part in 2**19 (in 2**42 if all leaves have 64-bit components, and no shards join), more than all errors
+    of the norm and of the factor together. So the sensitivity of the sum, by which noise is measured, is `max_norm`,
+    and not a little more.
 
     Parameters
     ----------
@@ -82,7 +82,8 @@ def clipped_sum(
     if isinstance(p, float) and p < 1:
         raise ValueError(f"clipped_sum takes a norm: norm_type must be at least 1, or 'rms', got {norm_type!r}")
     call = given(grads, norm_type, "example", Bounds(max_norm), nonfinite, all_reduce)
-    single = any(COMPONENT_BITS[dtype_name(x)] < 64 for x in call.leaves)
+    # Other shards may hold narrower leaves: the norm, and the factor, are the same on all.
+    single = all_reduce is not None or any(COMPONENT_BITS[dtype_name(x)] < 64 for x in call.leaves)
     call = call._replace(bounds=call.bounds._replace(unit=1 - (_MARGIN_SINGLE if single else _MARGIN_DOUBLE)))
     with call.backend.session(call.leaves, in_place=False):
         verdict = settled(call)

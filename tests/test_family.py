@@ -401,6 +401,15 @@ def test_an_example_never_adds_more_than_the_bound(xp: Backend, name: str, reque
         assert not exceeds([xp.numpy(t) for t in alone], float(bounds[0])), (first, bounds[0])
 
 
+@pytest.mark.library("numpy")
+def test_shards_of_several_dtypes_lower_the_bound_alike() -> None:
+    """A shard of float64 leaves has the factor of those that hold float32: what is joined is no better than theirs."""
+    joined = gradclip.clipped_sum([np.array([[3.0, 4.0]])], 1.0, all_reduce=lambda partial, op: partial)
+    alone = gradclip.clipped_sum([np.array([[3.0, 4.0]])], 1.0)
+    np.testing.assert_allclose(joined.sum[0], np.array([0.6, 0.8]) * (1 - 2.0**-19), rtol=1e-14)
+    np.testing.assert_allclose(alone.sum[0], np.array([0.6, 0.8]) * (1 - 2.0**-42), rtol=1e-14)
+
+
 @pytest.mark.parametrize("bound", [1e-44, 3e-39, 1e-38, 2.0**-126, 2.0**-149])
 def test_not_even_where_numbers_are_subnormal(xp: Backend, bound: float) -> None:
     rng = np.random.default_rng(1)

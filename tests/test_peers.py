@@ -8,7 +8,6 @@ gradclip differs, the test says how. Not asked here: IndexedSlices and integers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -112,25 +111,21 @@ def rms(x: np.ndarray) -> float:
     return float(exact.norm([x], "rms"))
 
 
-def repeated(
-    xp: Backend, clip: Callable[[Any, float], Any], measure: Callable[[list[np.ndarray]], list[float]]
-) -> None:
-    """Clipped again and again to falling bounds: at the bound each time, and as if clipped to the last one at once."""
+def norms_of(updates: list[np.ndarray], p: Any) -> list[float]:
+    """What optax bounds: the root mean square of each leaf, or the global norm."""
+    return [rms(x) for x in updates] if p == "rms" else [float(exact.norm(updates))]
+
+
+@pytest.mark.parametrize(("p", "per"), [("rms", "leaf"), (2.0, None)], ids=["block rms", "global norm"])
+def test_clipped_again_and_again(xp: Backend, p: Any, per: Any) -> None:
+    """To falling bounds: at the bound each time, and as if clipped to the last one at once."""
     updates = xp.tree(UPDATES)
     for i in (*range(1, 6), 50):
-        updates = clip(updates, 1 / i).grads
-        for got in measure([xp.numpy(x) for x in updates]):
+        updates = xp.clip_grad_norm(updates, 1 / i, p, per=per).grads
+        for got in norms_of([xp.numpy(x) for x in updates], p):
             assert got == pytest.approx(1 / i, rel=2e-7)
-        for again, once in zip(updates, clip(xp.tree(UPDATES), 1 / i).grads, strict=True):
+        for again, once in zip(updates, xp.clip_grad_norm(xp.tree(UPDATES), 1 / i, p, per=per).grads, strict=True):
             np.testing.assert_allclose(xp.numpy(again), xp.numpy(once), rtol=1e-6)
-
-
-def test_clip_by_block_rms(xp: Backend) -> None:
-    repeated(xp, lambda x, c: xp.clip_grad_norm(x, c, "rms", per="leaf"), lambda x: [rms(y) for y in x])
-
-
-def test_clip_by_global_norm(xp: Backend) -> None:
-    repeated(xp, lambda x, c: xp.clip_grad_norm(x, c), lambda x: [float(exact.norm(x))])
 
 
 def test_adaptive_grad_clip(xp: Backend) -> None:
