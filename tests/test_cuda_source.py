@@ -34,7 +34,7 @@ from gradclip._backends.cupy import expressions as xp
 from gradclip._backends.cupy import programs, table, tiles
 from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, REAL
-from gradclip._backends.cupy.text import KEPT, LEAVES, ONE, WHOLE
+from gradclip._backends.cupy.text import LEAVES, ONE, WHOLE
 
 INF = math.inf
 NORMS = [2.0, "rms", 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
@@ -158,7 +158,7 @@ def test_what_all_elements_add_alike_is_counted_once_a_chunk():
 # -- tables ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grouped", [ONE, WHOLE, KEPT])
+@pytest.mark.parametrize("grouped", [ONE, WHOLE])
 def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
     assert max(tiles.TILES.itemsize + 5 * 8, table.ROW.itemsize + 3 * 8, table.FLIPS.itemsize + 20 * 8) <= 4096
     assert table.TABLE[grouped].itemsize + 9 * 8 <= 4096  # and the other parameters

@@ -11,7 +11,7 @@ import cupy
 import numpy as np
 
 from gradclip._backends.cupy import compiler, programs, table
-from gradclip._backends.cupy.columns import NULL, blocks, check
+from gradclip._backends.cupy.columns import NULL, check
 from gradclip._backends.cupy.compiler import NotCompiled
 from gradclip._backends.cupy.devices import move
 from gradclip._backends.cupy.graphs import keep
@@ -36,7 +36,7 @@ def number(value: Any, device: Any) -> Scaled:
             some = several[i : i + ENTRIES]
             begin, end = starts[i], starts[i + len(some)]
             what = table.row(some, begin), out, np.uint32(len(some)), np.uint32(end)
-            kernel((blocks(-(-(end - begin) // THREADS)),), (THREADS,), what)
+            kernel(kernel.blocks(-(-(end - begin) // THREADS)), what)
         return Scaled(out, None)
     for (x, n), start in zip(several, starts, strict=False):
         out[start : start + n] = x

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import cupy
+
+from gradclip._backends.cupy.text import THREADS
 
 _failures: list[str] = []
 
@@ -15,7 +17,26 @@ class NotCompiled(Exception):
     """A kernel that cannot be had on this machine."""
 
 
-def compiled(source: str, name: str, *options: str) -> Any:
+class Kernel:
+    """A kernel on one device. Called with the number of blocks, its arguments, and the threads of a block."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __call__(self, blocks: int, arguments: tuple[Any, ...], threads: int = THREADS) -> None:
+        self._kernel((blocks,), (threads,), arguments)
+
+    def blocks(self, pieces: Any) -> int:
+        """The blocks of a launch over so many pieces of work: no more than the device holds at once."""
+        return min(int(pieces), self._resident)
+
+    @cached_property
+    def _resident(self) -> int:
+        each = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(self._kernel.kernel.ptr, THREADS, 0)
+        return max(1, each * cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+
+def compiled(source: str, name: str, *options: str) -> Kernel:
     """A kernel for the current device. Raises NotCompiled."""
     kernel = _loaded(source, name, options, cupy.cuda.runtime.getDevice())
     if kernel is None:
@@ -24,7 +45,7 @@ def compiled(source: str, name: str, *options: str) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _loaded(source: str, name: str, options: tuple[str, ...], device: int) -> Any:
+def _loaded(source: str, name: str, options: tuple[str, ...], device: int) -> Kernel | None:
     """The kernel, loaded on a device; None if that cannot be."""
     kernel = cupy.RawKernel(source, name, options=options)
     try:
@@ -39,4 +60,4 @@ def _loaded(source: str, name: str, options: tuple[str, ...], device: int) -> An
                 stacklevel=2,
             )
         return None
-    return kernel
+    return Kernel(kernel)

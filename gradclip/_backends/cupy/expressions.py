@@ -94,9 +94,13 @@ def astype(x: Expression, dtype: str) -> Any:
 
 
 class Printed:
-    """The statements of C that compute expressions, each value once: those in which a name of `varying` is, apart."""
+    """The statements of C that compute expressions, each value once: those in which a name of `varying` is, apart.
 
-    def __init__(self, *varying: str) -> None:
+    `real`: the type of numbers.
+    """
+
+    def __init__(self, *varying: str, real: str = "double") -> None:
+        self._real = real
         self.once: list[str] = []
         self.each: list[str] = []
         self._varying = set(varying)
@@ -114,6 +118,6 @@ class Printed:
                 if not self._varying.isdisjoint(args):
                     self._varying.add(name)
                     statements = self.each
-                statements.append(f"const {'bool' if x.dtype == 'bool' else 'double'} {name} = {value};")
+                statements.append(f"const {'bool' if x.dtype == 'bool' else self._real} {name} = {value};")
             self._names[x] = self._known.get(value, value)
         return self._names[x]

@@ -1,7 +1,7 @@
 """How CUDA C reads and writes the numbers of a leaf. Text only, as in `text`.
 
-A leaf's number becomes a double through integers, and a result becomes a leaf's number likewise: the options under
-which a kernel is compiled may flush float32 subnormals to zero (CuPy's do), and integers do not care.
+The options under which a kernel is compiled may flush float32 subnormals to zero (CuPy's do). So what must not be is
+said in PTX, which they do not touch, or done with whole numbers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ KINDS = {
 #: The kinds of real numbers.
 REAL = [name for name, kind in KINDS.items() if kind.component == name]
 
-# `widened`: the bits of a format with M bits of mantissa and E of exponent, shifted into those of a double, stand for
-# a number that is 2**(1023 - bias) too small; subnormal ones too. `narrowed`: the other way round, rounded once, to
-# nearest and ties to even; what is subnormal is a whole number of the smallest unit. The machine converts float32 where
-# nothing can be flushed. `larger` and `smaller`: NaN stays NaN.
+# `value`: an element as an exact float, or double where a float holds less. `times`, `plus_times`, `doubled`, `singled`,
+# `less`: what the machine does, but never with a subnormal flushed to zero, as CuPy's option -ftz=true has it for plain
+# operations; only NVIDIA's compiler is given that. `widened` and `narrowed`: a short format of M bits of mantissa and E
+# of exponent made a double, and back: rounded once, to nearest and ties to even. The bits of a short number, shifted
+# into those of a double, stand for one that is 2**(1023 - bias) too small, subnormal or not; and a subnormal result is a
+# whole number of the smallest unit. `larger` and `smaller`: NaN stays NaN.
 NUMBERS = """
 typedef unsigned long long u64;
 #define THREADS %(threads)d
@@ -64,19 +66,66 @@ template <int M, int E> __device__ __forceinline__ unsigned narrowed(double x) {
     size = (size >> (52 - M)) - ((1023 - bias) << M);
     return sign | (size < infinite ? (unsigned)size : infinite);
 }
-template <int M, int E> __device__ __forceinline__ double widen(Short<M, E> x) { return widened<M, E>(x.bits); }
-__device__ __forceinline__ double widen(Single x) {
-    return x.bits & 0x7f800000u ? (double)__uint_as_float(x.bits) : widened<23, 8>(x.bits);
+
+#ifdef __CUDACC_RTC__
+__device__ __forceinline__ double doubled(float x) {
+    double y; asm("cvt.f64.f32 %%0, %%1;" : "=d"(y) : "f"(x)); return y;
 }
-__device__ __forceinline__ double widen(Double x) { return __longlong_as_double((long long)x.bits); }
+__device__ __forceinline__ float singled(double x) {
+    float y; asm("cvt.rn.f32.f64 %%0, %%1;" : "=f"(y) : "d"(x)); return y;
+}
+__device__ __forceinline__ float times(float x, float by) {
+    float y; asm("mul.rn.f32 %%0, %%1, %%2;" : "=f"(y) : "f"(x), "f"(by)); return y;
+}
+__device__ __forceinline__ float plus_times(float sum, float x, float by) {
+    float y; asm("fma.rn.f32 %%0, %%1, %%2, %%3;" : "=f"(y) : "f"(x), "f"(by), "f"(sum)); return y;
+}
+__device__ __forceinline__ bool less(float x, float y) {
+    unsigned is;
+    asm("{ .reg .pred p; setp.lt.f32 p, %%1, %%2; selp.u32 %%0, 1, 0, p; }" : "=r"(is) : "f"(x), "f"(y));
+    return is;
+}
+__device__ __forceinline__ float value(Short<10, 5> x) {
+    float y; asm("cvt.f32.f16 %%0, %%1;" : "=f"(y) : "h"(x.bits)); return y;
+}
+__device__ __forceinline__ void narrow(float x, Short<10, 5>& to) {
+    asm("cvt.rn.f16.f32 %%0, %%1;" : "=h"(to.bits) : "f"(x));
+}
+#else
+__device__ __forceinline__ double doubled(float x) { return (double)x; }
+__device__ __forceinline__ float singled(double x) { return (float)x; }
+__device__ __forceinline__ float times(float x, float by) { return x * by; }
+__device__ __forceinline__ float plus_times(float sum, float x, float by) { return fmaf(x, by, sum); }
+__device__ __forceinline__ bool less(float x, float y) { return x < y; }
+__device__ __forceinline__ float value(Short<10, 5> x) { return (float)widened<10, 5>(x.bits); }
+__device__ __forceinline__ void narrow(float x, Short<10, 5>& to) { to.bits = (unsigned short)narrowed<10, 5>(x); }
+#endif
+__device__ __forceinline__ double times(double x, double by) { return x * by; }
+__device__ __forceinline__ bool less(double x, double y) { return x < y; }
+
+__device__ __forceinline__ float value(Short<7, 8> x) { return __uint_as_float((unsigned)x.bits << 16); }
+__device__ __forceinline__ float value(Single x) { return __uint_as_float(x.bits); }
+__device__ __forceinline__ double value(Double x) { return __longlong_as_double((long long)x.bits); }
+__device__ __forceinline__ void narrow(float x, Short<7, 8>& to) {
+    const unsigned bits = __float_as_uint(x);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    to.bits = (unsigned short)((nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+__device__ __forceinline__ void narrow(float x, Single& to) { to.bits = __float_as_uint(x); }
+
+template <class T> __device__ __forceinline__ double widen(T x) { return doubled(value(x)); }
+__device__ __forceinline__ double widen(Double x) { return value(x); }
 template <int M, int E> __device__ __forceinline__ void narrow(double x, Short<M, E>& to) {
     to.bits = (unsigned short)narrowed<M, E>(x);
 }
-__device__ __forceinline__ void narrow(double x, Single& to) {
-    to.bits = fabs(x) > 2e-38 && fabs(x) < 3e38 ? __float_as_uint((float)x) : narrowed<23, 8>(x);
-}
+__device__ __forceinline__ void narrow(double x, Single& to) { to.bits = __float_as_uint(singled(x)); }
 __device__ __forceinline__ void narrow(double x, Double& to) { to.bits = (u64)__double_as_longlong(x); }
-__device__ __forceinline__ double as_float32(double x) { Single s; narrow(x, s); return widen(s); }
+__device__ __forceinline__ double as_float32(double x) { return doubled(singled(x)); }
+
+// The bits of |x|: as whole numbers they rise with it, infinity above what is finite and NaN above all.
+template <int M, int E> __device__ __forceinline__ unsigned size_bits(Short<M, E> x) { return x.bits & 0x7fffu; }
+__device__ __forceinline__ unsigned size_bits(Single x) { return x.bits & 0x7fffffffu; }
+__device__ __forceinline__ u64 size_bits(Double x) { return x.bits & 0x7fffffffffffffffull; }
 
 __device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
 __device__ __forceinline__ double smaller(double a, double b) { return a < b || a != a ? a : b; }

@@ -20,12 +20,12 @@ from gradclip._backends.cupy import sums, text
 from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, NUMBERS, REAL
 from gradclip._backends.cupy.table import TABLE
-from gradclip._backends.cupy.text import ALIGNMENT, KEPT, LEAVES, ONE, WHOLE
-from gradclip._backends.cupy.tiles import TILES
+from gradclip._backends.cupy.text import LEAVES, ONE, WHOLE
+from gradclip._backends.cupy.tiles import AREA, TILES
 from gradclip._decide import Bounds, decide
-from gradclip._norms import Norm, Seen, Terms, identity
+from gradclip._norms import Norm, Seen, SumNorm, Terms, identity
 from gradclip._parts import Parts, longest_of
-from gradclip._scaled import Scaled, quotient
+from gradclip._scaled import RANGES, Scaled, quotient
 from gradclip._types import Namespace
 
 
@@ -40,16 +40,22 @@ class Census(Norm):
         return xp.where(xp.isnan(longest), one, zero), xp.where(xp.isinf(longest), one, zero)
 
 
+#: The sums of a few elements that are safe, by their precision: what is lost to underflow below the first number is too
+#: little to see in a sum that is above it; and doubles that are in the middle bin have room for 2**48 of them.
+_SAFE = {"float": (2.0**-96, RANGES["float32"].largest), "double": (2.0**-1002, RANGES["float64"].huge_sum)}
+#: Factors that are quick: so far from the ends of float32 that both of their parts are normal numbers.
+_QUICK = (2.0**-64, 2.0**64)
+
 _HEAD = NUMBERS % {"threads": text.THREADS}
 
 
 def _table(grouped: int) -> str:
     sizes = {"leaves": LEAVES[grouped], "kinds": len(KINDS), "bytes": TABLE[grouped].itemsize}
-    group = text.GROUP if grouped else ""
-    inner, length = (text.INNER, text.LENGTH) if grouped == KEPT else ("", "")
-    index = "unsigned" if grouped == KEPT else "unsigned short"
-    fields = {"inner": inner % sizes, "group": group % sizes + "\n    " + length % sizes, "index": index}
-    return text.TABLE % {**sizes, **fields} + text.VISIT
+    return text.TABLE % {**sizes, "group": text.GROUP % sizes if grouped else ""} + text.VISIT
+
+
+def _area() -> str:
+    return text.VISIT + AREA % {"leaves": text.TILED, "kinds": len(KINDS), "bytes": TILES.itemsize}
 
 
 def _chunks(each: str) -> str:
@@ -73,49 +79,92 @@ def _choice(kinds: tuple[str, ...], run: str) -> str:
 @lru_cache(maxsize=256)
 def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
     """The kernel of one pass of a norm over leaves of these kinds: it writes partials as columns."""
-    joining = _joining(norm, step)
-    run = "gather_{1}((const {0}*)t.from[low] + skipped, n, threadIdx.x ? 0.0 : n, s, c, "
+    run = "const unsigned n = " + text.LENGTH + "; gather_{1}((const {0}*)source, n, threadIdx.x ? 0.0 : n, s, c, peak, "
     run += "seen + t.to[low] % groups, groups);"
-    each = sums.FLUSH % {**joining, "choice": _choice(kinds, run)}
-    gather = "".join(_gather(norm, step, kind) for kind in kinds)
-    body = sums.MEASURE % {**joining, "gather": gather, "chunks": _chunks(each)}
-    return _HEAD + _table(ONE) + sums.JOINING % joining + body
+    flush = sums.FLUSH % {**_joining(norm, step), "choice": _choice(kinds, run), "peak": _peak(norm, step)}
+    body = {"gather": _gathers(norm, step, kinds), "chunks": _chunks(flush)}
+    return _HEAD + _table(ONE) + _sums(norm, step) + sums.MEASURE % {**_joining(norm, step), **body}
 
 
 @lru_cache(maxsize=256)
 def spread(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
     """The same over leaves of which an axis is kept."""
-    joining = _joining(norm, step)
-    run = "gather_{1}((const {0}*)t.from[low] + skipped, area, n, s, c, seen + key % groups, groups);"
-    gather = "".join(_gather(norm, step, kind) for kind in kinds)
-    sizes = {"leaves": text.TILED, "kinds": len(KINDS), "bytes": TILES.itemsize}
-    body = {"gather": gather, "find": text.FIND % {"piece": "tile"}, "choice": _choice(kinds, run)}
-    return _HEAD + sums.TILES % sizes + sums.JOINING % joining + sums.SPREAD % {**joining, **body}
+    run = "gather_{1}((const {0}*)t.from[low] + area.skipped, area, n, s, c, peak, seen + key % groups, groups);"
+    body = {"gather": _gathers(norm, step, kinds), "find": text.FIND % {"piece": "tile"}, "peak": _peak(norm, step)}
+    body |= {"choice": _choice(kinds, run)}
+    return _HEAD + _area() + _sums(norm, step) + sums.SPREAD % {**_joining(norm, step), **body}
 
 
-def _gather(norm: Norm, step: int, kind: str) -> str:
-    """A function that adds the elements of one chunk to a partial, by the norm's own formulas."""
-    storage, component = KINDS[kind]
-    wide, names = component == "float64", ("re",) if kind == component else ("re", "im")
+def _sums(norm: Norm, step: int) -> str:
+    return sums.JOINING % _joining(norm, step)
+
+
+def _gathers(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
+    """For each kind a function that adds the elements of one chunk, or of one tile, to a partial."""
+    ways = {kind: _way(norm, step, kind) for kind in kinds}
+    before = _contribute(norm) if "sum" in ways.values() and isinstance(norm, SumNorm) else ""
+    before += sums.HIGHEST if "max" in ways.values() else ""
+    return before + "".join(_gather(norm, step, kind, way) for kind, way in ways.items())
+
+
+def _way(norm: Norm, step: int, kind: str) -> str:
+    """How: as sums of a few numbers, as the largest magnitude, or each element by the norm's formulas in double."""
+    names = _parts(kind)
+    if isinstance(norm, SumNorm) and len(norm.apart(names)) == len(names):
+        return "sum"
+    return "max" if norm.ops[step] == "max" and len(names) == 1 else "each"
+
+
+def _parts(kind: str) -> tuple[Expression, ...]:
+    return tuple(map(Expression, ("re",) if KINDS[kind].component == kind else ("re", "im")))
+
+
+def _contribute(norm: SumNorm) -> str:
+    printed, parts = Printed("x", real="R"), (Expression("x"),)
+    out = printed.name(norm.term(xp, parts))
+    term = "\n    ".join([*printed.each, f"return {out};"])
+    step = RANGES["float32"].step
+    shown = {"term": term, "up": xp.number(step**norm.power).form, "down": xp.number(step**-norm.power).form}
+    for real, dtype, end in (("float", "float32", "f"), ("double", "float64", "")):
+        numbers = zip(("least", "most", "step"), (*_SAFE[real], RANGES[dtype].step), strict=True)
+        shown |= {f"{name}_{real}": xp.number(x).form + end for name, x in numbers}
+    return sums.CONTRIBUTE % shown
+
+
+def _peak(norm: Norm, step: int) -> str:
+    """What the largest magnitude of real elements contributes, once for all of them."""
+    if norm.ops[step] != "max":
+        return ""
+    printed = Printed()
+    terms = norm.terms(xp, (Expression("peak"),), ())
+    ends = [f"merge(s[{k}], c[{k}], {printed.name(term)}, 0.0);" for k, term in enumerate(terms)]
+    return "\n        ".join([*printed.once, *ends])
+
+
+def _gather(norm: Norm, step: int, kind: str, way: str) -> str:
+    storage, parts = KINDS[kind].storage, _parts(kind)
     # Passes after the first see what other leaves, or other shards, have measured: numbers that may be wide.
-    used = replace(norm, binned=wide or step > 0)
-    terms = used.terms(xp, tuple(map(Expression, names)), _seen(norm, step, ""))
+    used = replace(norm, binned=KINDS[kind].component == "float64" or step > 0)
+    terms = used.terms(xp, parts, _seen(norm, step, ""))
     assert len(terms) == norm.slots[step]
-    join = "merge(s[{0}], c[{0}], {1}, 0.0);"
-    if norm.ops[step] == "sum":
-        # In double, what a plain sum of narrower elements loses cannot be seen in the result.
-        join = "add(s[{0}], c[{0}], {1});" if wide else "s[{0}] += {1};"
-    printed = Printed(*names)
+    printed = Printed(*(part.form for part in parts))
     each = {k: term for k, term in enumerate(terms) if isinstance(term, Expression)}
-    ends = [join.format(k, printed.name(term)) for k, term in each.items()]
     alike = {k: term for k, term in enumerate(terms) if k not in each and term}
-    counts = [join.format(k, f"{xp.number(term).form} * elements") for k, term in alike.items()]
-    read = [f"const double {name} = widen(e{'' if kind == component else f'.{name}'});" for name in names]
-    head = f"each(p, n, [&](const {storage}& e, unsigned) {{"
-    inside = "\n    ".join([*counts, *printed.once, head, *read, *printed.each, *ends, "});"])
+    lines = [f"merge(s[{k}], c[{k}], {xp.number(term).form} * elements, 0.0);" for k, term in alike.items()]
+    if way == "sum":
+        lines += ["each<4>(p, n, [&](const auto& x) { contribute(x, s, c); });"]
+    elif way == "max":
+        lines += ["peak = larger(peak, highest(p, n));"]
+    else:
+        names = ("",) if len(parts) == 1 else (".re", ".im")
+        read = [f"const double {part.form} = widen(x.of[0]{name});" for part, name in zip(parts, names, strict=True)]
+        ends = [f"merge(s[{k}], c[{k}], {printed.name(term)}, 0.0);" for k, term in each.items()]
+        lines += [*printed.once, "each<0>(p, n, [&](const auto& x) {", *read, *printed.each, *ends, "});"]
+    inside = "\n    ".join(lines)
     return f"""
 template <class N> __device__ __forceinline__ void gather_{kind}(
-    const {storage}* p, const N& n, double elements, double* s, double* c, const double* seen, unsigned groups
+    const {storage}* p, const N& n, double elements, double* s, double* c, double& peak, const double* seen,
+    unsigned groups
 ) {{
     {inside}
 }}
@@ -194,24 +243,45 @@ def scale(kinds: tuple[str, ...], grouped: int) -> str:
 
     `grouped`: by the factors of the groups that the table tells; else all by one.
     """
-    group = {ONE: "0", WHOLE: "t.group[low]", KEPT: text.IN_GROUP}[grouped]
-    factor = text.FACTOR % {"group": group}
-    run = "visit<true>((const {0}*)t.from[low] + skipped, "
-    run += f"(base ? ({{0}}*)(base + t.to[low] * {ALIGNMENT}ull) : ({{0}}*)t.from[low]) + skipped, n, "
-    run += f"[&]({{0}}& x, unsigned i) {{{{ {factor if grouped == KEPT else ''}"
-    run += "if (!keep) narrow(factor == 0 ? 0.0 : widen(x) * shift * factor * shift, x); }});"
-    before = {ONE: "", WHOLE: factor + text.UNCHANGED.format(leave="continue"), KEPT: text.PHASE}[grouped]
-    once = factor + text.UNCHANGED.format(leave="return") if grouped == ONE else ""
-    return _HEAD + _table(grouped) + text.SCALE % {"once": once, "chunks": _chunks(before + _choice(kinds, run))}
+    group = "t.group[low]" if grouped else "0"
+    run = "scale((const {0}*)source, ({0}*)(output + skipped), " + text.LENGTH + ", factor);"
+    each = [text.OUTPUT, text.GROUP_FACTOR.format(group=group), _choice(kinds, run)]
+    return _HEAD + _table(grouped) + _factor() + text.SCALE % {"chunks": _chunks("\n        ".join(each))}
+
+
+@lru_cache(maxsize=256)
+def scale_spread(kinds: tuple[str, ...]) -> str:
+    """The same for leaves of which an axis is kept."""
+    run = "scale((const {0}*)t.from[low] + area.skipped, ({0}*)output + area.skipped, area, factor);"
+    factor = text.GROUP_FACTOR.format(group="t.group[low] + area.group")
+    body = {"find": text.FIND % {"piece": "tile"}, "output": text.OUTPUT, "factor": factor}
+    return _HEAD + _area() + _factor() + text.SCALE_SPREAD % {**body, "choice": _choice(kinds, run)}
+
+
+def _factor() -> str:
+    least, most = (xp.number(x).form for x in _QUICK)
+    return text.FACTOR % {"least": least, "most": most}
+
+
+@lru_cache(maxsize=256)
+def clamp(kinds: tuple[str, ...]) -> str:
+    """The kernel that limits every element: `Bounds` of all leaves, or one for each."""
+    names = ("lower", "upper")
+    bounds = [f"const double {name} = {text.READ.format(name).replace('[g *', '[t.group[low] *')};" for name in names]
+    run = "clamp((const {0}*)source, ({0}*)(output + skipped), " + text.LENGTH + ", lower, upper);"
+    chunks = _chunks("\n        ".join([text.OUTPUT, *bounds, _choice(kinds, run)]))
+    parameters = ", ".join(text.BOUND.format(name) for name in names)
+    return _HEAD + _table(WHOLE) + text.CLAMP % {"parameters": parameters, "chunks": chunks}
 
 
 @lru_cache(maxsize=256)
 def weighted(kinds: tuple[str, ...]) -> str:
     """The kernel that adds up runs, each times a factor, in float32 or float64."""
-    run = "weigh((const {0}*)t.from[low], ({2}*)(base + t.to[low] * "
-    run += f"{ALIGNMENT}ull), skipped, n, t.inner[low], t.length[low], factors, shifts);"
+    run = "weigh((const {0}*)t.from[low], ({2}*)output, at, t.inner[low], t.length[low], "
+    run += "factors + t.group[low], shifts ? shifts + t.group[low] : shifts);"
     each = " else ".join(
         _choice((kind,), run.replace("{2}", "Double" if kind == "float64" else "Single")) for kind in kinds
     )
     least = {"single": xp.number(2.0**-126).form, "double": xp.number(2.0**-1022).form}
-    return _HEAD + _table(KEPT) + text.WEIGHTED % {**least, "chunks": _chunks(each)}
+    body = {"find": text.FIND % {"piece": "tile"}, "choice": f"{text.OUTPUT}\n        {each}"}
+    return _HEAD + _area() + text.WEIGHTED % {**least, **body}

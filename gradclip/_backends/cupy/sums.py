@@ -46,6 +46,73 @@ MERGE = {
     "min": "s = smaller(s, x);",
 }
 
+# What a few elements add to a sum. They are added up in their own precision, and for all but doubles only their sum
+# becomes one: most GPUs have few units for doubles. A sum outside the range that is safe, where it may have lost bits or
+# overflowed, or may yet in a bin, is made again of elements that a power of two has brought nearer to 1.
+CONTRIBUTE = """
+template <class R> __device__ __forceinline__ R term(R x) {
+    %(term)s
+}
+template <class R, unsigned n> __device__ __forceinline__ R sum_of(const R (&x)[n]) {
+    R sum = term(x[0]);
+    #pragma unroll
+    for (unsigned j = 1; j < n; j++) sum += term(x[j]);
+    return sum;
+}
+template <class R, unsigned n> __device__ __forceinline__ R scaled_sum_of(R (&x)[n], R by) {
+    #pragma unroll
+    for (unsigned j = 0; j < n; j++) x[j] = times(x[j], by);
+    return sum_of(x);
+}
+template <unsigned n> __device__ __forceinline__ void contribute(float (&x)[n], double* s, double* c) {
+    float sum = sum_of(x);
+    double back = 1.0;
+    if (!(sum >= %(least_float)s && sum <= %(most_float)s)) {
+        const bool is_small = sum < 1.0f;
+        back = is_small ? %(down)s : %(up)s;
+        sum = scaled_sum_of(x, is_small ? %(step_float)s : 1.0f / %(step_float)s);
+    }
+    s[1] = fma(doubled(sum), back, s[1]);
+}
+template <unsigned n> __device__ __forceinline__ void contribute(double (&x)[n], double* s, double* c) {
+    double sum = sum_of(x);
+    if (sum >= %(least_double)s && sum <= %(most_double)s) {
+        add(s[1], c[1], sum);
+        return;
+    }
+    const bool is_small = sum < 1.0;
+    sum = scaled_sum_of(x, is_small ? %(step_double)s : 1.0 / %(step_double)s);
+    if (is_small) add(s[0], c[0], sum); else add(s[2], c[2], sum);
+}
+template <class T, unsigned n> __device__ __forceinline__ void contribute(const Some<T, n>& e, double* s, double* c) {
+    decltype(value(T())) x[n];
+    #pragma unroll
+    for (unsigned j = 0; j < n; j++) x[j] = value(e.of[j]);
+    contribute(x, s, c);
+}
+template <class R, unsigned n> __device__ __forceinline__ void contribute(
+    const Some<Pair<R>, n>& e, double* s, double* c
+) {
+    decltype(value(R())) x[2 * n];
+    #pragma unroll
+    for (unsigned j = 0; j < n; j++) x[2 * j] = value(e.of[j].re), x[2 * j + 1] = value(e.of[j].im);
+    contribute(x, s, c);
+}
+"""
+
+# The largest magnitude of real elements, found as whole numbers.
+HIGHEST = """
+template <class T, class N> __device__ __forceinline__ double highest(const T* p, const N& n) {
+    T highest = T();
+    each<4>(p, n, [&](const auto& x) {
+        #pragma unroll
+        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++)
+            highest.bits = size_bits(x.of[j]) > highest.bits ? size_bits(x.of[j]) : highest.bits;
+    });
+    return widen(highest);
+}
+"""
+
 # One group (`keys` is null): a column for each block, whose chunks lie far apart, so that all blocks read side by side.
 # Several: each block has chunks that follow each other, and writes a column at the end of each group that it meets.
 # Column block + leaf, the leaf with which it began that group, is nobody else's: along the chunks both only grow.
@@ -59,6 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_measure(
     clear(s, c);
     const unsigned begin = keys ? blockIdx.x * t.chunks / gridDim.x : blockIdx.x;
     const unsigned end = keys ? (blockIdx.x + 1) * t.chunks / gridDim.x : t.chunks, step = keys ? 1 : gridDim.x;
+    double peak = 0.0;  // the largest magnitude of real elements, where that is asked for
     unsigned since = t.leaves;  // the first leaf of this column
     %(chunks)s
 }
@@ -68,6 +136,8 @@ FLUSH = """
         %(choice)s
         const bool ends = chunk + step >= end;
         if (!ends && !(keys && is_last && t.to[low + 1] != t.to[low])) continue;
+        %(peak)s
+        peak = 0.0;
         across(s, c, 1, THREADS, THREADS);
         const unsigned mine = at + blockIdx.x + (keys ? since : 0);
         const unsigned next = keys ? at + blockIdx.x + low + 1 + (ends && is_last) : mine + 1;
@@ -80,32 +150,8 @@ FLUSH = """
         since = t.leaves;
 """
 
-# Leaves of which an axis is kept. In memory such a leaf is `outer` rows of `length` runs, one a group, of `inner`
-# elements. A tile is some rows of some whole runs, as many as a block has threads for; or of one piece of a longer run.
-# Neighbouring threads read neighbours, down the rows. So a group has `parts` columns, side by side: of this leaf's
-# strips of rows and pieces of runs, and of other leaves'.
-TILES = """
-struct Tiles {
-    u64 from[%(leaves)d], inner[%(leaves)d];
-    unsigned to[%(leaves)d];          // the first column of its first group
-    unsigned parts[%(leaves)d];
-    unsigned key[%(leaves)d];         // of its first group
-    unsigned length[%(leaves)d], outer[%(leaves)d];
-    unsigned first[%(leaves)d];       // its first tile
-    unsigned short strips[%(leaves)d], pieces[%(leaves)d];
-    unsigned short until[%(kinds)d];  // the end of each kind
-    unsigned short leaves;
-    unsigned tiles;
-};
-static_assert(sizeof(Tiles) == %(bytes)d, "the host lays it out otherwise");
-struct Area { u64 stride, run; unsigned rows, wide, high; };
-template <class T, class F> __device__ __forceinline__ void each(const T* p, const Area& area, F f) {
-    const unsigned x = threadIdx.x %% area.wide, y = threadIdx.x / area.wide;
-    if (y >= area.high) return;
-    for (unsigned row = y; row < area.rows; row += area.high)
-        for (u64 i = x; i < area.run; i += area.wide) f(p[row * area.stride + i], 0u);
-}
-"""
+# Leaves of which an axis is kept: see `tiles`. A group has `parts` columns, side by side: of this leaf's strips of rows
+# and pieces of runs, and of other leaves'.
 SPREAD = """
 %(gather)s
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_spread(
@@ -114,29 +160,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_spread(
     double s[%(slots)d], c[%(slots)d];
     for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
         %(find)s
-        const u64 inner = t.inner[low];
-        const unsigned pieces = t.pieces[low], strips = t.strips[low], length = t.length[low], outer = t.outer[low];
-        const unsigned part = (tile - t.first[low]) %% (strips * pieces), piece = part %% pieces, strip = part / pieces;
-        const unsigned each = inner < THREADS ? THREADS / (unsigned)inner : 1;
-        const unsigned begin = (tile - t.first[low]) / (strips * pieces) * each;
-        const u64 left = piece * inner / pieces, top = strip * (u64)outer / strips;
-        Area area;
-        area.stride = length * inner;
-        area.run = (each < length - begin ? each : length - begin) * inner;
-        if (pieces > 1) area.run = (piece + 1) * inner / pieces - left;
-        area.rows = (unsigned)((strip + 1) * (u64)outer / strips - top);
-        area.wide = area.run < THREADS ? (unsigned)area.run : THREADS;
-        area.high = THREADS / area.wide;
-        const unsigned width = inner < area.wide ? (unsigned)inner : area.wide;  // of a group, in threads
-        const unsigned k = begin + threadIdx.x %% area.wide / width, key = t.key[low] + k;
-        const bool is_first = threadIdx.x < area.wide && threadIdx.x %% width == 0;
-        const u64 skipped = top * area.stride + begin * inner + left;
-        const double n = is_first ? area.rows * (double)(inner < area.run ? inner : area.run) : 0.0;
+        const Area area(t, low, tile - t.first[low]);
+        const unsigned key = t.group[low] + area.group;
+        const bool is_first = threadIdx.x < area.wide && threadIdx.x %% area.width == 0;
+        const double n = is_first ? area.rows * (double)(t.inner[low] < area.run ? t.inner[low] : area.run) : 0.0;
+        double peak = 0.0;
         clear(s, c);
         %(choice)s
-        across(s, c, area.high, area.wide, width);
+        %(peak)s
+        across(s, c, area.high, area.wide, area.width);
         if (!is_first) continue;
-        const u64 i = t.to[low] + k * (u64)t.parts[low] + part;
+        const u64 i = t.to[low] + area.group * (u64)t.parts[low] + area.part;
         for (int j = 0; j < %(slots)d; j++) columns[j * (u64)stride + i] = whole(s[j], c[j]);
         keys[i] = key;
     }
@@ -157,10 +191,11 @@ __device__ __forceinline__ void join(double* s, double* c, unsigned g, unsigned 
             if (keys[middle] < key) low = middle + 1; else high = middle;
         }}
         const unsigned step = keys ? 1 : groups;
-        for (u64 i = low + (u64)threadIdx.x * step; i < stride && (!keys || keys[i] == key); i += THREADS * (u64)step)
+        const u64 far = blockDim.x * (u64)step;
+        for (u64 i = low + (u64)threadIdx.x * step; i < stride && (!keys || keys[i] == key); i += far)
             for (int k = 0; k < %(slots)d; k++) merge(s[k], c[k], columns[k * (u64)stride + i], 0.0);
     }}
-    across(s, c, 1, THREADS, THREADS);
+    across(s, c, 1, blockDim.x, blockDim.x);
 }}
 """
 

@@ -6,11 +6,11 @@ Text only. No header is included, so nothing has to be found on the user's machi
 from __future__ import annotations
 
 THREADS = 256
-#: What a table says of groups: nothing, for there is one; the group of each leaf; or of which an axis is kept.
-ONE, WHOLE, KEPT = 0, 1, 2
+#: What a table says of groups: nothing, for there is one, or the group of each leaf.
+ONE, WHOLE = 0, 1
 #: Leaves of one launch, by that. The table travels in the kernel's parameters, and those may take 4 KB in all.
-LEAVES = {ONE: 250, WHOLE: 200, KEPT: 115}
-#: Leaves of one launch that measures leaves of which an axis is kept: likewise.
+LEAVES = {ONE: 250, WHOLE: 200}
+#: Leaves of one launch of which an axis is kept: likewise.
 TILED = 88
 #: Of one launch that decides: how often float32 and float64 norms take turns. Likewise.
 TURNS = 900
@@ -19,24 +19,20 @@ ENTRIES = 338
 #: Where each output starts, in bytes: outputs share one allocation, and a plain one would be aligned like this too.
 ALIGNMENT = 256
 
-# The leaves of one launch, sorted by kind (and group), cut into chunks of 2**bits elements. `table` fills it.
+# The leaves of one launch, sorted by kind (and group), cut into chunks of 2**bits bytes. `table` fills it.
 TABLE = """
 struct Table {
     u64 from[%(leaves)d];             // where a leaf is
-    %(inner)s
     unsigned to[%(leaves)d];          // to measure: the key of its group; to scale: its output, in units of 256 bytes
     %(group)s
-    %(index)s first[%(leaves)d];      // its first chunk
+    unsigned short first[%(leaves)d]; // its first chunk
     unsigned short last[%(leaves)d];  // the elements of its last chunk, less one
     unsigned short until[%(kinds)d];  // the end of each kind
-    unsigned short leaves, bits;
-    %(index)s chunks;
+    unsigned short leaves, bits, chunks;
 };
 static_assert(sizeof(Table) == %(bytes)d, "the host lays it out otherwise");
 """
-INNER = "u64 inner[%(leaves)d];            // so many elements side by side are in one group"
-GROUP = "unsigned group[%(leaves)d];       // its first group"
-LENGTH = "unsigned length[%(leaves)d];      // how many groups follow each other, again and again"
+GROUP = "unsigned group[%(leaves)d];       // its group"
 
 # Which line of a table has piece `%(piece)s`, of all that its lines have.
 FIND = """
@@ -47,42 +43,73 @@ FIND = """
         }
 """
 
-# One chunk of one leaf: which leaf, where in it, how many elements.
+# One chunk of one leaf: which leaf, where in it; `length` says how many elements.
 CHUNKS = """
     for (unsigned chunk = begin; chunk < end; chunk += step) {
         %(find)s
         const bool is_last = chunk + 1 == (low + 1 < t.leaves ? t.first[low + 1] : t.chunks);
-        const unsigned n = is_last ? t.last[low] + 1u : 1u << t.bits;
         const u64 skipped = (u64)(chunk - t.first[low]) << t.bits;
+        const char* const source = (const char*)t.from[low] + skipped;
         %(each)s
     }
 """
+#: How many elements `{0}` a chunk has.
+LENGTH = "is_last ? t.last[low] + 1u : (1u << t.bits) / (unsigned)sizeof({0})"
 
-# Calls `f` with the elements of a chunk and their places, 16 bytes at a time where they lie so; and writes what it
-# makes of them.
+# Calls `f` with elements, a few at a time, and writes what it makes of them to `to`. Memory is slow to answer, so what
+# `batch` asks for is under way together: so many pieces of 16 bytes where elements lie side by side, else 8 elements.
+# A batch of 0: one element after the other, for long formulas, of which one copy is enough. Elements come as many as
+# fill 8 bytes, and before and after an edge of 16 bytes by ones.
 VISIT = """
+template <class T, unsigned n> struct Some { T of[n]; };
 template <class T> struct __align__(16) Quad { T of[16 / sizeof(T)]; };
-template <bool writes, class T, class F> __device__ __forceinline__ void visit(const T* p, T* to, unsigned n, F f) {
-    unsigned done = 0;
-    if ((((u64)p | (u64)to) & 15) == 0) {
-        const unsigned each = 16 / sizeof(T), quads = n / each;
-        #pragma unroll 4
-        for (unsigned i = threadIdx.x; i < quads; i += THREADS) {
-            Quad<T> quad = ((const Quad<T>*)p)[i];
-            #pragma unroll
-            for (unsigned j = 0; j < each; j++) f(quad.of[j], i * each + j);
-            if (writes) ((Quad<T>*)to)[i] = quad;
-        }
-        done = quads * each;
-    }
-    for (unsigned i = done + threadIdx.x; i < n; i += THREADS) {
-        T x = p[i];
-        f(x, i);
-        if (writes) to[i] = x;
+
+template <bool writes, unsigned batch, class T, class A, class F> __device__ __forceinline__ void singly(
+    const T* p, T* to, unsigned n, A at, F f
+) {
+    const unsigned few = batch && sizeof(T) < 8 ? 8 / sizeof(T) : 1, most = batch ? 8 : 1;
+    for (unsigned k = 0; k < n; k += most) {
+        Some<T, few> x[most / few];
+        #pragma unroll
+        for (unsigned j = 0; j < most; j++) x[j / few].of[j % few] = k + j < n ? p[at(k + j)] : T();
+        #pragma unroll
+        for (unsigned j = 0; j < most / few; j++) if (k + j * few < n) f(x[j]);
+        #pragma unroll
+        for (unsigned j = 0; j < most; j++) if (writes && k + j < n) to[at(k + j)] = x[j / few].of[j % few];
     }
 }
-template <class T, class F> __device__ __forceinline__ void each(const T* p, unsigned n, F f) {
-    visit<false>(p, (T*)0, n, f);
+template <bool writes, unsigned batch, class T, class F> __device__ __forceinline__ void visit(
+    const T* p, T* to, unsigned n, F f
+) {
+    const unsigned each = 16 / sizeof(T), few = sizeof(T) < 8 ? 8 / sizeof(T) : 1, t = threadIdx.x;
+    unsigned head = (0u - (unsigned)(u64)p & 15) / (unsigned)sizeof(T);
+    if (!batch || head > n || (u64)p % sizeof(T) || (writes && ((u64)p - (u64)to & 15))) head = n;
+    const unsigned quads = (n - head) / each, rest = n - quads * each;
+    if (batch) for (unsigned i = t; i < quads; i += batch * THREADS) {
+        Quad<T> x[batch ? batch : 1];
+        #pragma unroll
+        for (unsigned j = 0; j < batch; j++)
+            if (i + j * THREADS < quads) x[j] = ((const Quad<T>*)(p + head))[i + j * THREADS];
+        #pragma unroll
+        for (unsigned j = 0; j < batch; j++) {
+            if (i + j * THREADS >= quads) continue;
+            #pragma unroll
+            for (unsigned k = 0; k < each; k += few) {
+                Some<T, few> some;
+                #pragma unroll
+                for (unsigned m = 0; m < few; m++) some.of[m] = x[j].of[k + m];
+                f(some);
+                #pragma unroll
+                for (unsigned m = 0; m < few; m++) x[j].of[k + m] = some.of[m];
+            }
+            if (writes) ((Quad<T>*)(to + head))[i + j * THREADS] = x[j];
+        }
+    }
+    const auto at = [=](unsigned k) { const unsigned i = t + k * THREADS; return i < head ? i : i + quads * each; };
+    singly<writes, batch>(p, to, t < rest ? (rest - t - 1) / THREADS + 1 : 0, at, f);
+}
+template <unsigned batch, class T, class N, class F> __device__ __forceinline__ void each(const T* p, N n, F f) {
+    visit<false, batch>(p, (T*)0, n, f);
 }
 """
 
@@ -152,54 +179,116 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_row(
 }
 """
 
+# `x * shift * factor * shift`. A factor is quick where it is a normal float and so are its first 48 bits as a sum of two:
+# with these, and one rounding at the end, a product is as good as in double, for which most GPUs have few units.
+FACTOR = """
+struct Factor { double factor, shift; float high, low; bool keep, quick; };
+__device__ __forceinline__ Factor factor_of(double factor, double shift) {
+    const double high = __longlong_as_double(__double_as_longlong(factor) & ~0x1fffffffLL);
+    Factor f;
+    f.factor = factor, f.shift = shift, f.high = (float)high, f.low = (float)(factor - high);
+    f.keep = factor == 1 && shift == 1;
+    f.quick = shift == 1 && factor > %(least)s && factor < %(most)s;
+    return f;
+}
+__device__ __forceinline__ float scaled(float x, const Factor& f) {
+    const float rest = times(x, f.low);
+    return plus_times(rest == rest ? rest : 0.0f, x, f.high);  // infinity has no rest
+}
+__device__ __forceinline__ double scaled(double x, const Factor& f) { return x * f.factor; }
+template <class T, class N> __device__ __forceinline__ void scale(const T* p, T* to, N n, const Factor& f) {
+    if (f.keep && p == to) return;
+    if (f.quick) visit<true, 4>(p, to, n, [&](auto& x) {
+        #pragma unroll
+        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++) if (!f.keep) narrow(scaled(value(x.of[j]), f), x.of[j]);
+    });
+    else visit<true, 0>(p, to, n, [&](auto& x) {
+        narrow(f.factor == 0 ? 0.0 : widen(x.of[0]) * f.shift * f.factor * f.shift, x.of[0]);
+    });
+}
+"""
+
 # In place where `base` is null.
 SCALE = """
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_scale(
     const Table t, const double* factors, const double* shifts, char* base
 ) {
     const unsigned begin = blockIdx.x, end = t.chunks, step = gridDim.x;
-    %(once)s
     %(chunks)s
 }
 """
-FACTOR = """
-    const double factor = factors[%(group)s], shift = shifts ? shifts[%(group)s] : 1.0;
-    const bool keep = factor == 1 && shift == 1;
+SCALE_SPREAD = """
+extern "C" __global__ void __launch_bounds__(THREADS) gradclip_scale_spread(
+    const Tiles t, const double* factors, const double* shifts, char* base
+) {
+    for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
+        %(find)s
+        const Area area(t, low, tile - t.first[low]);
+        %(output)s
+        %(factor)s
+        %(choice)s
+    }
+}
 """
-UNCHANGED = "    if (keep && !base) {leave};\n"
-# Where the first element of a chunk stands: in its run, and which run that is.
-PHASE = """
-        const u64 inner = t.inner[low], within = skipped % inner;
-        const unsigned length = t.length[low], run = (unsigned)(skipped / inner % length);
+GROUP_FACTOR = "const Factor factor = factor_of(factors[{group}], shifts ? shifts[{group}] : 1.0);"
+#: Where the output of the leaf `low` is.
+OUTPUT = "char* const output = base ? base + t.to[low] * 256ull : (char*)t.from[low];"
+
+# min(max(x, low), high), with bounds as the leaf's dtype has them. A NaN stays as it is, and one as a bound spoils all.
+CLAMP = """
+template <class T> __device__ __forceinline__ void clamp(const T* p, T* to, unsigned n, double lower, double upper) {
+    T low, high;
+    narrow(lower, low), narrow(upper, high);
+    if (lower != lower || upper != upper) low = high = lower != lower ? low : high;
+    const bool spoilt = lower != lower || upper != upper;
+    const auto least = value(low), most = value(high);
+    visit<true, 4>(p, to, n, [&](auto& x) {
+        #pragma unroll
+        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++) {
+            if (spoilt || less(value(x.of[j]), least)) x.of[j] = low;
+            if (less(most, value(x.of[j]))) x.of[j] = high;
+        }
+    });
+}
+extern "C" __global__ void __launch_bounds__(THREADS) gradclip_clamp(
+    const Table t, %(parameters)s, char* base
+) {
+    const unsigned begin = blockIdx.x, end = t.chunks, step = gridDim.x;
+    %(chunks)s
+}
 """
-#: The group of element i of a chunk, which has at most 2**16 elements, and at most one end of a longer run.
-IN_GROUP = (
-    "t.group[low] + (run + (inner < n ? ((unsigned)within + i) / (unsigned)inner : i >= inner - within)) % length"
-)
 
 # The sum over `length` runs, each times a factor: a thread for each element of the result.
 WEIGHTED = """
 __device__ __forceinline__ double normal(double x, Single) { x = as_float32(x); return fabs(x) < %(single)s ? 0.0 : x; }
 __device__ __forceinline__ double normal(double x, Double) { return fabs(x) < %(double)s ? 0.0 : x; }
 template <class T, class R> __device__ __forceinline__ void weigh(
-    const T* from, R* to, u64 skipped, unsigned n, u64 inner, unsigned length, const double* factors,
-    const double* shifts
+    const T* from, R* to, u64 at, u64 inner, unsigned length, const double* factors, const double* shifts
 ) {
-    for (unsigned i = threadIdx.x; i < n; i += THREADS) {
-        const u64 at = skipped + i;
-        const T* p = from + at + at / inner * inner * (length - 1);
-        double sum = 0.0;
-        for (unsigned k = 0; k < length; k++) {
-            const double factor = factors[k], shift = shifts ? shifts[k] : 1.0;
-            if (factor != 0) sum += widen(p[k * inner]) * shift * factor * shift;
+    const T* p = from + at + at / inner * inner * (length - 1);
+    double sum = 0.0;
+    for (unsigned k = 0; k < length; k += 8) {
+        T x[8];
+        #pragma unroll
+        for (unsigned j = 0; j < 8; j++) x[j] = k + j < length ? p[(k + j) * inner] : T();
+        #pragma unroll
+        for (unsigned j = 0; j < 8; j++) {
+            const double factor = k + j < length ? factors[k + j] : 0.0;
+            const double shift = shifts && k + j < length ? shifts[k + j] : 1.0;
+            if (factor == 0) continue;
+            sum += shift == 1 ? widen(x[j]) * factor : widen(x[j]) * shift * factor * shift;
         }
-        narrow(normal(sum, R()), to[at]);
     }
+    narrow(normal(sum, R()), to[at]);
 }
 extern "C" __global__ void __launch_bounds__(THREADS) gradclip_weighted(
-    const Table t, const double* factors, const double* shifts, char* base
+    const Tiles t, const double* factors, const double* shifts, char* base
 ) {
-    const unsigned begin = blockIdx.x, end = t.chunks, step = gridDim.x;
-    %(chunks)s
+    for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
+        %(find)s
+        const u64 at = (u64)(tile - t.first[low]) * THREADS + threadIdx.x;
+        if (at >= t.outer[low] * t.inner[low]) continue;
+        %(choice)s
+    }
 }
 """

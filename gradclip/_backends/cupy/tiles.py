@@ -1,4 +1,9 @@
-"""Leaves of which an axis is kept, as the kernel that measures them reads them: see `sums.TILES`."""
+"""Leaves of which an axis is kept, as kernels read them: a table on the host, and the same in CUDA C.
+
+In memory such a leaf is `outer` rows of `length` runs, one a group, of `inner` elements. A tile is some rows of some
+whole runs, as many as a block has threads for; or of one piece of a longer run. Neighbouring threads read neighbours,
+down the rows: so a thread has one group in a tile.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +15,80 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradclip._backends.cupy.numbers import KINDS
-from gradclip._backends.cupy.table import Run, until
-from gradclip._backends.cupy.text import THREADS, TILED
+from gradclip._backends.cupy.table import Run, kind_of, until
+from gradclip._backends.cupy.text import ALIGNMENT, THREADS, TILED
 from gradclip._dtypes import dtype_name
 from gradclip._types import Array
 
 TILES = np.dtype(
     [
         *((name, "u8", TILED) for name in ("from", "inner")),
-        *((name, "u4", TILED) for name in ("to", "parts", "key", "length", "outer", "first")),
+        *((name, "u4", TILED) for name in ("to", "parts", "group", "length", "outer", "first")),
         *((name, "u2", TILED) for name in ("strips", "pieces")),
         *(("until", "u2", len(KINDS)), ("leaves", "u2"), ("tiles", "u4")),
     ],
     align=True,
 )
-#: A tile has so many elements, where that does not make more than so many of a leaf.
-_TILE, _MOST = 2**14, 1024
+# A struct, and the tile number `tile` of leaf `low` as its constructor finds it. `visit` goes over a tile.
+AREA = """
+struct Tiles {
+    u64 from[%(leaves)d], inner[%(leaves)d];
+    unsigned to[%(leaves)d];          // to measure: the first column of its first group; else its output: see `Table`
+    unsigned parts[%(leaves)d];       // to measure: the columns of each of its groups
+    unsigned group[%(leaves)d];       // its first group; to measure: the key of that
+    unsigned length[%(leaves)d], outer[%(leaves)d];
+    unsigned first[%(leaves)d];       // its first tile
+    unsigned short strips[%(leaves)d], pieces[%(leaves)d];
+    unsigned short until[%(kinds)d];  // the end of each kind
+    unsigned short leaves;
+    unsigned tiles;
+};
+static_assert(sizeof(Tiles) == %(bytes)d, "the host lays it out otherwise");
+struct Area {
+    u64 skipped, stride, run;
+    unsigned rows, wide, high, width;  // in threads: of a row, how many rows there are side by side, and of a group
+    unsigned part, group;              // the group of this thread, after the first one
+    __device__ __forceinline__ Area(const Tiles& t, unsigned low, unsigned tile) {
+        const u64 inner = t.inner[low];
+        const unsigned pieces = t.pieces[low], strips = t.strips[low], length = t.length[low], outer = t.outer[low];
+        part = tile %% (strips * pieces);
+        const unsigned piece = part %% pieces, strip = part / pieces;
+        const unsigned each = inner < THREADS ? THREADS / (unsigned)inner : 1;
+        const unsigned begin = tile / (strips * pieces) * each;
+        const u64 left = piece * inner / pieces, top = strip * (u64)outer / strips;
+        stride = length * inner;
+        run = (each < length - begin ? each : length - begin) * inner;
+        if (pieces > 1) run = (piece + 1) * inner / pieces - left;
+        rows = (unsigned)((strip + 1) * (u64)outer / strips - top);
+        wide = run < THREADS ? (unsigned)run : THREADS;
+        high = THREADS / wide;
+        width = inner < wide ? (unsigned)inner : wide;
+        group = begin + threadIdx.x %% wide / width;
+        skipped = top * stride + begin * inner + left;
+    }
+};
+template <bool writes, unsigned batch, class T, class F> __device__ __forceinline__ void visit(
+    const T* p, T* to, const Area& area, F f
+) {
+    if (area.run > THREADS) {
+        for (unsigned row = 0; row < area.rows; row++, p += area.stride, to += writes ? area.stride : 0)
+            visit<writes, batch>(p, to, (unsigned)area.run, f);
+        return;
+    }
+    const unsigned x = threadIdx.x %% area.wide, y = threadIdx.x / area.wide;
+    if (y >= area.high || y >= area.rows) return;
+    const u64 far = area.high * area.stride;
+    const auto at = [=](unsigned k) { return k * far; };
+    p += y * area.stride + x, to += writes ? y * area.stride + x : 0;
+    singly<writes, batch>(p, to, (area.rows - y - 1) / area.high + 1, at, f);
+}
+"""
+
+#: A tile has so many bytes, where that does not make more than so many of a leaf: what is measured in a column of an
+#: inner axis costs 24 to 32 bytes a tile.
+_TILE, _MOST = 2**17, 4096
 #: Rows of one line.
 _ROWS = 2**31
-
-_ORDER = tuple(KINDS)
 
 
 class Line(NamedTuple):
@@ -44,14 +103,16 @@ class Line(NamedTuple):
     strips: int
     pieces: int
     tiles: int
+    to: int
+    parts: int = 0
 
 
-def tables(leaves: Sequence[Array], runs: Sequence[Run], key: int, column: int) -> tuple[list[Any], int]:
+def measuring(leaves: Sequence[Array], runs: Sequence[Run], key: int, column: int) -> tuple[list[Any], int]:
     """One table for each launch over dense leaves, and where the columns end that begin at `column`.
 
     `key`: that of group 0. The columns of a group lie side by side, whichever leaves they are of.
     """
-    lines = [line for leaf, run in zip(leaves, runs, strict=True) for line in _lines(leaf, run)]
+    lines = [line for leaf, run in zip(leaves, runs, strict=True) for line in _lines(leaf, run, real=False)]
     lines.sort(key=itemgetter(0, 1))  # and by nothing else: sums do not depend on where memory is
     parts: dict[int, int] = {}
     before = []  # parts of the same groups in lines before
@@ -62,41 +123,54 @@ def tables(leaves: Sequence[Array], runs: Sequence[Run], key: int, column: int) 
     groups = sorted(parts)
     *starts, end = accumulate((parts[group] * lengths[group] for group in groups), initial=column)
     start = dict(zip(groups, starts, strict=True))
-    to = [start[line.group] + n for line, n in zip(lines, before, strict=True)]
-    return [_table(lines[i : i + TILED], to[i : i + TILED], parts, key) for i in range(0, len(lines), TILED)], end
+    columns = [
+        line._replace(group=line.group + key, to=start[line.group] + n, parts=parts[line.group])
+        for line, n in zip(lines, before, strict=True)
+    ]
+    return _tables(columns), end
 
 
-def _lines(leaf: Array, run: Run) -> Iterator[Line]:
-    group, length, inner = run
-    each = max(1, THREADS // inner)
+def scaling(leaves: Sequence[Array], runs: Sequence[Run], room: Sequence[int]) -> list[Any]:
+    """One table for each launch over dense leaves, complex ones as real ones. `room`: where their outputs start."""
+    each = zip(leaves, runs, room, strict=True)
+    return _tables(sorted((line for one in each for line in _lines(*one, real=True)), key=itemgetter(0)))
+
+
+def adding(leaves: Sequence[Array], runs: Sequence[Run], room: Sequence[int]) -> list[Any]:
+    """The same where runs are added up: a tile is one element of the result for each thread of a block."""
+    lines = []
+    for leaf, run, start in zip(leaves, runs, room, strict=True):
+        kind, times = kind_of(dtype_name(leaf), real=True)
+        group, length, inner = run.group, run.length, run.inner * times
+        size = leaf.size * times // length
+        lines.append(Line(kind, group, leaf.data.ptr, length, inner, size // inner, 1, 1, -(-size // THREADS), start))
+    return _tables(sorted(lines, key=itemgetter(0)))
+
+
+def _lines(leaf: Array, run: Run, room: int = 0, *, real: bool) -> Iterator[Line]:
+    kind, times = kind_of(dtype_name(leaf), real=real)
+    group, length, inner = run.group, run.length, run.inner * times
+    each, itemsize = max(1, THREADS // inner), leaf.itemsize // times
     across, width = -(-length // each), min(length, each) * inner
-    pieces = 1 if inner <= THREADS else min(-(-inner // _TILE), max(1, _MOST // length))
-    rows = leaf.size // (length * inner)
+    pieces = 1 if inner <= THREADS else min(-(-inner * itemsize // _TILE), max(1, _MOST // length))
+    rows = leaf.size * times // (length * inner)
     for begin in range(0, rows, _ROWS):
-        outer = min(rows - begin, _ROWS)
-        strips = min(outer, -(-outer * width // pieces // _TILE), max(1, _MOST // across // pieces))
-        pointer = leaf.data.ptr + begin * length * inner * leaf.itemsize
-        kind = _ORDER.index(dtype_name(leaf))
-        yield Line(kind, group, pointer, length, inner, outer, strips, pieces, across * strips * pieces)
+        outer, skipped = min(rows - begin, _ROWS), begin * length * inner * itemsize
+        strips = min(outer, -(-outer * width * itemsize // pieces // _TILE), max(1, _MOST // across // pieces))
+        sizes = length, inner, outer, strips, pieces, across * strips * pieces
+        yield Line(kind, group, leaf.data.ptr + skipped, *sizes, room + skipped // ALIGNMENT)
 
 
-def _table(lines: Sequence[Line], to: Sequence[int], parts: dict[int, int], key: int) -> Any:
-    columns = (np.array(column, np.uint64) for column in zip(*lines, strict=True))
-    kind, group, pointer, length, inner, outer, strips, pieces, tiles = columns
+def _tables(lines: Sequence[Line]) -> list[Any]:
+    return [_table(lines[i : i + TILED]) for i in range(0, len(lines), TILED)]
+
+
+def _table(lines: Sequence[Line]) -> Any:
+    columns = dict(zip(Line._fields, (np.array(column, np.uint64) for column in zip(*lines, strict=True)), strict=True))
+    kind, tiles = columns.pop("kind"), columns.pop("tiles")
+    columns |= {"from": columns.pop("pointer"), "first": np.cumsum(tiles) - tiles}
     table: Any = np.zeros((), TILES)
-    n = len(lines)
-    for name, column in (
-        ("from", pointer),
-        ("inner", inner),
-        ("to", np.array(to, np.uint64)),
-        ("parts", np.array([parts[line.group] for line in lines], np.uint64)),
-        ("key", group + np.uint64(key)),
-        ("length", length),
-        ("outer", outer),
-        ("first", np.cumsum(tiles) - tiles),
-        ("strips", strips),
-        ("pieces", pieces),
-    ):
-        table[name][:n] = column
-    table["until"], table["leaves"], table["tiles"] = until(kind), n, tiles.sum()
+    for name, column in columns.items():
+        table[name][: len(lines)] = column
+    table["until"], table["leaves"], table["tiles"] = until(kind), len(lines), tiles.sum()
     return table
