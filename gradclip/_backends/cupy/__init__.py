@@ -26,8 +26,9 @@ from gradclip._backends.cupy import compiler, programs, table
 from gradclip._backends.cupy.bounds import argument
 from gradclip._backends.cupy.columns import NULL, Columns, blocks, joined, measured, split
 from gradclip._backends.cupy.compiler import NotCompiled
-from gradclip._backends.cupy.devices import by_device, move
+from gradclip._backends.cupy.devices import move
 from gradclip._backends.cupy.graphs import recording
+from gradclip._backends.cupy.laid import HELD, PIECE, Laid, laid_out
 from gradclip._backends.cupy.text import ALIGNMENT, KEPT, ONE, THREADS, TURNS, WHOLE
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
@@ -49,6 +50,12 @@ class CupyBackend(Backend):
         home = leaves[0].device if leaves else nullcontext()
         with super().session(leaves, in_place), home, recording(leaves, in_place):
             yield
+
+    def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
+        return laid_out(leaves)
+
+    def doubtful(self, leaves: Sequence[Array]) -> Sequence[int]:
+        return [part.here[i] for part in laid_out(leaves).parts for i in part.loose]
 
     def move(self, x: Array, device: Any) -> Array:
         return move(x, device)
@@ -77,24 +84,28 @@ class CupyBackend(Backend):
         return super().partial(leaves, norm, groups, seen)
 
     def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Columns:
-        """What leaves contribute to one pass, on the first one's device."""
-        home, found, places = cupy.cuda.Device(), [], by_device(leaves)
-        for device, here in places:
-            with cupy.cuda.Device(device):
-                where = [groups.base[i] for i in here], [groups.keep[i] for i in here], groups.count
-                columns = measured([leaves[i] for i in here], norm, *where, list(map(_here, seen)))
-                if len(places) == 1 and device == home.id:
+        """What leaves contribute to one pass, on the first one's device.
+
+        Those that are not in one piece are copied, some at a time: each time gives a partial, as each device does.
+        """
+        home, found = cupy.cuda.Device(), []
+        parts = [some for part in laid_out(leaves).parts for some in part.cut(part.copied(), HELD)]
+        for part in parts:
+            with cupy.cuda.Device(part.device):
+                columns = measured(part, norm, groups, list(map(_here, seen)))
+                if len(parts) == 1 and part.device == home.id:
                     return columns
                 found.append(move(joined(columns, norm, len(seen), groups.count), home))
+                del columns
         return Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
 
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
         """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
-        places = by_device(leaves)
-        for device, here in [*places, (cupy.cuda.Device().id, [])]:
-            with cupy.cuda.Device(device):
-                sorts = split([leaves[i] for i in here], [groups.keep[i] for i in here])
-                whole, kept = (table.kinds([leaves[here[i]] for i in sort], real=False) for sort in sorts)
+        parts = laid_out(leaves).parts
+        for part in [*parts, Laid([], cupy.cuda.Device().id, [])]:
+            with cupy.cuda.Device(part.device):
+                sorts = split(part, part.of(groups.keep))
+                whole, kept = (table.kinds(sort.distinct, real=False) for sort in sorts)
                 for step in range(len(norm.ops)):
                     compiler.compiled(programs.joined(norm, step), "gradclip_join")
                     if whole:
@@ -102,9 +113,9 @@ class CupyBackend(Backend):
                     if kept:
                         compiler.compiled(programs.spread(norm, step, kept), "gradclip_spread")
         for several in {False, groups.count > 1}:  # groups by kind of leaf may be one group
-            _scaling(leaves, places, groups, several)
+            _scaling(parts, groups, several)
         if any(len(shape) == 1 for shape in groups.shapes):  # examples
-            _weighting(leaves, places)
+            _weighting(parts)
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -138,64 +149,69 @@ class CupyBackend(Backend):
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        """`leaf * shift * factor * shift`. The outputs on one device share one allocation: while one is kept, all are.
+        """`leaf * shift * factor * shift`. Outputs share allocations, see `PIECE`: while one is kept, all of it is.
 
         A leaf whose elements lie side by side keeps its layout; any other comes back in C order. In place, what two
         leaves share is scaled once, from what it was.
         """
-        places = by_device(leaves)
+        parts = laid_out(leaves).parts
         try:
-            kernels = _scaling(leaves, places, groups, factors.factor.size > 1)
+            kernels = _scaling(parts, groups, factors.factor.size > 1)
         except NotCompiled:
             return super().scale(leaves, factors, groups, in_place)
         out: list[Array] = list(leaves)
-        for (device, here), (kernel, grouped) in zip(places, kernels, strict=True):
-            if in_place:
-                here = list({_memory(leaves[i]): i for i in here}.values())
-            with cupy.cuda.Device(device):
+        for part, (kernel, grouped) in zip(parts, kernels, strict=True):
+            with cupy.cuda.Device(part.device):
                 by = [NULL if x is None else _here(x) for x in factors]
-                mine = [leaves[i] for i in here]
-                sources = [x if table.is_dense(x) else cupy.array(x, order="C") for x in mine]
-                starts, end = table.room_for([x.nbytes for x in sources])
-                room: Any = NULL if in_place else cupy.empty(end * ALIGNMENT, cupy.uint8)
-                if in_place and table.overlap(sources):
-                    sources = [x.copy() if x is leaf else x for x, leaf in zip(sources, mine, strict=True)]
-                runs = _runs(sources, here, groups) if grouped else []
-                lines = table.entries(sources, real=True, room=starts, runs=runs, cut=grouped != KEPT)
-                for launch in table.tables(lines, grouped=grouped):
-                    kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
-                for i, x, start in zip(here, sources, starts, strict=True):
-                    if not in_place:
-                        out[i] = cupy.ndarray(x.shape, x.dtype, room.data + start * ALIGNMENT, x.strides)
-                    elif x is not leaves[i]:
-                        leaves[i][...] = x
+                for some in part.alone() if in_place else part.cut(part.nbytes, PIECE):
+                    copies: dict[int, Array] = {}
+                    room, starts = NULL, None
+                    if in_place:
+                        copies = {i: some.leaves[i].copy(order="C") for i in some.apart}
+                    else:
+                        room, starts, made = _outputs(some)
+                        for i in some.loose:
+                            made[i][...] = some.leaves[i]
+                            copies[i] = made[i]
+                        for i, x in zip(some.here, made, strict=True):
+                            out[i] = x
+                    laid = some.replaced(copies)
+                    lines = table.entries(
+                        laid, real=True, room=starts, runs=_runs(laid, groups, grouped), cut=grouped != KEPT
+                    )
+                    for launch in table.tables(lines, grouped=grouped):
+                        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
+                    if in_place:
+                        for i, x in copies.items():
+                            some.leaves[i][...] = x
         return leaves if in_place else out
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
         """As the reference, in double precision. A thread goes down the examples of one element of the result.
 
-        So many examples of few elements are slow. Outputs share one allocation; a leaf that is not in one piece is
+        So many examples of few elements are slow. Outputs share allocations; a leaf that is not in one piece is
         copied. The results lie as the leaves do.
         """
-        places = by_device(leaves)
+        parts = laid_out(leaves).parts
         try:
-            kernels = _weighting(leaves, places)
+            kernels = _weighting(parts)
         except NotCompiled:
             return super().weighted_sum(leaves, factors, groups)
         out: dict[int, Array] = {}
-        for (device, here), kernel in zip(places, kernels, strict=True):
-            with cupy.cuda.Device(device):
+        for part, kernel in zip(parts, kernels, strict=True):
+            with cupy.cuda.Device(part.device):
                 by = [NULL if x is None else _here(x) for x in factors]
-                sources = [x if table.is_dense(x) else cupy.array(x, order="C") for x in (leaves[i] for i in here)]
-                sums = [_without_first(x) for x in sources]
-                starts, end = table.room_for([math.prod(shape) * dtype.itemsize for shape, dtype, _ in sums])
-                room = cupy.empty(end * ALIGNMENT, cupy.uint8)
-                lines = table.entries(sources, real=True, room=starts, runs=_runs(sources, here, groups), cut=False)
-                lines = [line._replace(length=line.length // line.groups) for line in lines]
-                for launch in table.tables(lines, grouped=KEPT, bits=8):
-                    kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
-                for i, start, (shape, dtype, strides) in zip(here, starts, sums, strict=True):
-                    out[i] = cupy.ndarray(shape, dtype, room.data + start * ALIGNMENT, strides)
+                for some in part.cut(part.copied(), HELD):
+                    laid = some.replaced({i: cupy.ascontiguousarray(some.leaves[i]) for i in some.loose})
+                    sums = [_without_first(x) for x in laid.leaves]
+                    starts, end = table.room_for(np.array([math.prod(n) * dtype.itemsize for n, dtype, _ in sums]))
+                    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
+                    lines = table.entries(laid, real=True, room=starts, runs=_runs(laid, groups, KEPT), cut=False)
+                    lines = lines._replace(length=lines.length // lines.groups)
+                    for launch in table.tables(lines, grouped=KEPT, bits=8):
+                        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
+                    for i, start, (shape, dtype, strides) in zip(some.here, starts.tolist(), sums, strict=True):
+                        out[i] = cupy.ndarray(shape, dtype, room.data + start * ALIGNMENT, strides)
         for i, x in enumerate(leaves):
             if i not in out:
                 with x.device:
@@ -232,9 +248,25 @@ def _reported(rows: Array, flips: Sequence[int], groups: Groups) -> list[Array]:
     return out
 
 
-def _runs(leaves: Sequence[Array], here: Sequence[int], groups: Groups) -> list[table.Run]:
-    """Where the groups of dense leaves are: those of the numbers `here`."""
-    return [table.run_of(x, groups.keep[i], groups.base[i]) for x, i in zip(leaves, here, strict=True)]
+def _outputs(laid: Laid) -> tuple[Array, Any, list[Array]]:
+    """Where the outputs for leaves are: one allocation, where in it each starts, and they themselves."""
+    starts, end = table.room_for(laid.nbytes)
+    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
+    base, memory = room.data, (starts * ALIGNMENT).tolist()
+    shapes = [x.shape for x in laid.leaves]
+    if all(laid.ordered):  # strides take as long as all the rest
+        return room, starts, list(map(cupy.ndarray, shapes, laid.dtypes, [base + start for start in memory]))
+    loose = set(laid.loose)
+    strides = [None if i in loose else x.strides for i, x in enumerate(laid.leaves)]
+    made = map(cupy.ndarray, shapes, laid.dtypes, [base + start for start in memory], strides)
+    return room, starts, list(made)
+
+
+def _runs(laid: Laid, groups: Groups, grouped: int) -> table.Run | None:
+    """Where the groups of dense leaves are, by columns."""
+    if grouped == KEPT:
+        return table.Run(*np.array(table.runs_of(laid, groups), np.int64).T)
+    return table.Run(np.array(laid.of(groups.base))) if grouped else None
 
 
 def _without_first(leaf: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:
@@ -262,35 +294,26 @@ def _found(norm: Norm, partials: Seen) -> tuple[Any, ...]:
     return *last.arguments(), widths, _here(before[0]) if before else NULL
 
 
-def _scaling(
-    leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]], groups: Groups, several: bool
-) -> list[tuple[Any, int]]:
+def _scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[tuple[Any, int]]:
     """The kernel that scales, for each device, and what its table says of groups.
 
     All are compiled before the first leaf is written. `several`: there are several factors.
     """
     kernels = []
-    for device, here in places:
-        with cupy.cuda.Device(device):
-            mine = [leaves[i] for i in here]
-            kept = several and split(mine, [groups.keep[i] for i in here])[1]
+    for part in parts:
+        with cupy.cuda.Device(part.device):
+            kept = several and split(part, part.of(groups.keep))[1].leaves
             grouped = KEPT if kept else WHOLE if several else ONE
-            source = programs.scale(table.kinds(mine, real=True), grouped)
+            source = programs.scale(table.kinds(part.distinct, real=True), grouped)
             kernels.append((compiler.compiled(source, "gradclip_scale"), grouped))
     return kernels
 
 
-def _weighting(leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]]) -> list[Any]:
+def _weighting(parts: Sequence[Laid]) -> list[Any]:
     """The kernel that adds up examples, for each device."""
     kernels = []
-    for device, here in places:
-        with cupy.cuda.Device(device):
-            source = programs.weighted(table.kinds([leaves[i] for i in here], real=True))
+    for part in parts:
+        with cupy.cuda.Device(part.device):
+            source = programs.weighted(table.kinds(part.distinct, real=True))
             kernels.append(compiler.compiled(source, "gradclip_weighted"))
     return kernels
-
-
-def _memory(leaf: Array) -> Any:
-    """What is the same for two leaves that are the very same memory."""
-    layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
-    return leaf.data.ptr, str(leaf.dtype), layout
