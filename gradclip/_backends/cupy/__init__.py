@@ -12,7 +12,6 @@ keep the leaves and what the call returns as long as the graph (see `graphs`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -24,12 +23,13 @@ import numpy as np
 from gradclip._backends.cupy import bounds as bounds_of
 from gradclip._backends.cupy import compiler, programs, table
 from gradclip._backends.cupy.bounds import argument
-from gradclip._backends.cupy.columns import NULL, Columns, blocks, joined, measured, split
+from gradclip._backends.cupy.columns import NULL, Columns, joined, measured, split
 from gradclip._backends.cupy.compiler import NotCompiled
 from gradclip._backends.cupy.devices import move
 from gradclip._backends.cupy.graphs import recording
-from gradclip._backends.cupy.laid import HELD, PIECE, Laid, laid_out
-from gradclip._backends.cupy.text import ALIGNMENT, KEPT, ONE, THREADS, TURNS, WHOLE
+from gradclip._backends.cupy.laid import Laid, laid_out
+from gradclip._backends.cupy.scaling import Launch, dtype_of_sum, scale_apart, scale_in_place, scaling, weigh, weighting
+from gradclip._backends.cupy.text import THREADS, TURNS
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
@@ -89,7 +89,7 @@ class CupyBackend(Backend):
         Those that are not in one piece are copied, some at a time: each time gives a partial, as each device does.
         """
         home, found = cupy.cuda.Device(), []
-        parts = [some for part in laid_out(leaves).parts for some in part.cut(part.copied(), HELD)]
+        parts = [some for part in laid_out(leaves).parts for some in part.by_copies()]
         for part in parts:
             with cupy.cuda.Device(part.device):
                 columns = measured(part, norm, groups, list(map(_here, seen)))
@@ -113,9 +113,9 @@ class CupyBackend(Backend):
                     if kept:
                         compiler.compiled(programs.spread(norm, step, kept), "gradclip_spread")
         for several in {False, groups.count > 1}:  # groups by kind of leaf may be one group
-            _scaling(parts, groups, several)
+            scaling(parts, groups, several)
         if any(len(shape) == 1 for shape in groups.shapes):  # examples
-            _weighting(parts)
+            weighting(parts)
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -149,41 +149,27 @@ class CupyBackend(Backend):
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        """`leaf * shift * factor * shift`. Outputs share allocations, see `PIECE`: while one is kept, all of it is.
+        """`leaf * shift * factor * shift`. Outputs share allocations, see `laid`: while one is kept, all of it is.
 
         A leaf whose elements lie side by side keeps its layout; any other comes back in C order. In place, what two
         leaves share is scaled once, from what it was.
         """
         parts = laid_out(leaves).parts
         try:
-            kernels = _scaling(parts, groups, factors.factor.size > 1)
+            kernels = scaling(parts, groups, factors.factor.size > 1)
         except NotCompiled:
             return super().scale(leaves, factors, groups, in_place)
         out: list[Array] = list(leaves)
         for part, (kernel, grouped) in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
-                by = [NULL if x is None else _here(x) for x in factors]
-                for some in part.alone() if in_place else part.cut(part.nbytes, PIECE):
-                    copies: dict[int, Array] = {}
-                    room, starts = NULL, None
-                    if in_place:
-                        copies = {i: some.leaves[i].copy(order="C") for i in some.apart}
-                    else:
-                        room, starts, made = _outputs(some)
-                        for i in some.loose:
-                            made[i][...] = some.leaves[i]
-                            copies[i] = made[i]
-                        for i, x in zip(some.here, made, strict=True):
-                            out[i] = x
-                    laid = some.replaced(copies)
-                    lines = table.entries(
-                        laid, real=True, room=starts, runs=_runs(laid, groups, grouped), cut=grouped != KEPT
-                    )
-                    for launch in table.tables(lines, grouped=grouped):
-                        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
-                    if in_place:
-                        for i, x in copies.items():
-                            some.leaves[i][...] = x
+                how = Launch(kernel, grouped, groups, [NULL if x is None else _here(x) for x in factors])
+                if in_place:
+                    for some, copied in part.in_place():
+                        scale_in_place(some, copied, how)
+                    continue
+                for some in part.by_outputs(part.nbytes):
+                    for i, x in zip(some.here, scale_apart(some, how), strict=True):
+                        out[i] = x
         return leaves if in_place else out
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
@@ -194,28 +180,21 @@ class CupyBackend(Backend):
         """
         parts = laid_out(leaves).parts
         try:
-            kernels = _weighting(parts)
+            kernels = weighting(parts)
         except NotCompiled:
             return super().weighted_sum(leaves, factors, groups)
         out: dict[int, Array] = {}
         for part, kernel in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
                 by = [NULL if x is None else _here(x) for x in factors]
-                for some in part.cut(part.copied(), HELD):
-                    laid = some.replaced({i: cupy.ascontiguousarray(some.leaves[i]) for i in some.loose})
-                    sums = [_without_first(x) for x in laid.leaves]
-                    starts, end = table.room_for(np.array([math.prod(n) * dtype.itemsize for n, dtype, _ in sums]))
-                    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
-                    lines = table.entries(laid, real=True, room=starts, runs=_runs(laid, groups, KEPT), cut=False)
-                    lines = lines._replace(length=lines.length // lines.groups)
-                    for launch in table.tables(lines, grouped=KEPT, bits=8):
-                        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
-                    for i, start, (shape, dtype, strides) in zip(some.here, starts.tolist(), sums, strict=True):
-                        out[i] = cupy.ndarray(shape, dtype, room.data + start * ALIGNMENT, strides)
+                sums = np.array([x.size // x.shape[0] * dtype_of_sum(x).itemsize for x in part.leaves])
+                for piece in part.by_outputs(sums):
+                    for some in piece.by_copies():
+                        out.update(zip(some.here, weigh(some, kernel, groups, by), strict=True))
         for i, x in enumerate(leaves):
             if i not in out:
                 with x.device:
-                    out[i] = cupy.zeros(x.shape[1:], _dtype_of_sum(x))
+                    out[i] = cupy.zeros(x.shape[1:], dtype_of_sum(x))
         return [out[i] for i in range(len(leaves))]
 
     def _scaled(self, leaf: Array, steps: Sequence[Array]) -> Array:
@@ -248,41 +227,6 @@ def _reported(rows: Array, flips: Sequence[int], groups: Groups) -> list[Array]:
     return out
 
 
-def _outputs(laid: Laid) -> tuple[Array, Any, list[Array]]:
-    """Where the outputs for leaves are: one allocation, where in it each starts, and they themselves."""
-    starts, end = table.room_for(laid.nbytes)
-    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
-    base, memory = room.data, (starts * ALIGNMENT).tolist()
-    shapes = [x.shape for x in laid.leaves]
-    if all(laid.ordered):  # strides take as long as all the rest
-        return room, starts, list(map(cupy.ndarray, shapes, laid.dtypes, [base + start for start in memory]))
-    loose = set(laid.loose)
-    strides = [None if i in loose else x.strides for i, x in enumerate(laid.leaves)]
-    made = map(cupy.ndarray, shapes, laid.dtypes, [base + start for start in memory], strides)
-    return room, starts, list(made)
-
-
-def _runs(laid: Laid, groups: Groups, grouped: int) -> table.Run | None:
-    """Where the groups of dense leaves are, by columns."""
-    if grouped == KEPT:
-        return table.Run(*np.array(table.runs_of(laid, groups), np.int64).T)
-    return table.Run(np.array(laid.of(groups.base))) if grouped else None
-
-
-def _without_first(leaf: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:
-    """Shape, dtype and strides of what is left of a dense leaf without its axis 0: its elements move together."""
-    dtype, n = _dtype_of_sum(leaf), leaf.shape[0]
-    ratio = dtype.itemsize / leaf.itemsize
-    outside = [stride > leaf.strides[0] for stride in leaf.strides[1:]]
-    sides = zip(leaf.strides[1:], outside, strict=True)
-    return leaf.shape[1:], dtype, tuple(int((s // n if out else s) * ratio) for s, out in sides)
-
-
-def _dtype_of_sum(leaf: Array) -> Any:
-    """float32 or complex64, for 64-bit components float64 or complex128."""
-    return leaf.dtype if leaf.dtype.char in "dFD" else np.dtype(np.float32)
-
-
 def _found(norm: Norm, partials: Seen) -> tuple[Any, ...]:
     """Partials as the kernel that decides takes them."""
     *before, last = partials
@@ -292,28 +236,3 @@ def _found(norm: Norm, partials: Seen) -> tuple[Any, ...]:
         if len(last.values) > norm.slots[-1]:  # other shards have said it
             widths = last.values[norm.slots[-1] :]
     return *last.arguments(), widths, _here(before[0]) if before else NULL
-
-
-def _scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[tuple[Any, int]]:
-    """The kernel that scales, for each device, and what its table says of groups.
-
-    All are compiled before the first leaf is written. `several`: there are several factors.
-    """
-    kernels = []
-    for part in parts:
-        with cupy.cuda.Device(part.device):
-            kept = several and split(part, part.of(groups.keep))[1].leaves
-            grouped = KEPT if kept else WHOLE if several else ONE
-            source = programs.scale(table.kinds(part.distinct, real=True), grouped)
-            kernels.append((compiler.compiled(source, "gradclip_scale"), grouped))
-    return kernels
-
-
-def _weighting(parts: Sequence[Laid]) -> list[Any]:
-    """The kernel that adds up examples, for each device."""
-    kernels = []
-    for part in parts:
-        with cupy.cuda.Device(part.device):
-            source = programs.weighted(table.kinds(part.distinct, real=True))
-            kernels.append(compiler.compiled(source, "gradclip_weighted"))
-    return kernels

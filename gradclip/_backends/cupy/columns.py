@@ -82,7 +82,8 @@ def measured(laid: Laid, norm: Norm, groups: Groups, seen: Sequence[Array]) -> C
     for launch, at in zip(launches, starts, strict=True):
         kernel((blocks(launch["chunks"]),), (THREADS,), (launch, values, stride, np.uint32(at), keys, *known))
     if tiled:
-        kernel = compiler.compiled(programs.spread(norm, step, table.kinds(kept.distinct, real=False)), "gradclip_spread")
+        source = programs.spread(norm, step, table.kinds(kept.distinct, real=False))
+        kernel = compiler.compiled(source, "gradclip_spread")
     for launch in tiled:
         kernel((blocks(launch["tiles"]),), (THREADS,), (launch, values, stride, keys, *known))
     return Columns(values, keys, len(kinds) + bool(kept.leaves) if grouped else 1)

@@ -1,4 +1,4 @@
-"""Where leaves lie. Each is asked once a call: CuPy's answers take as long as all else that the host does for a leaf."""
+"""Where leaves lie: asked once a call, for CuPy's answers take as long as all else that the host does for a leaf."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Laid:
 
     def only(self, places: Sequence[int]) -> Laid:
         """Those at these places."""
-        if len(places) == len(self.leaves):
+        if list(places) == list(range(len(self.leaves))):
             return self
         return Laid([self.leaves[i] for i in places], self.device, [self.here[i] for i in places])
 
@@ -109,18 +109,22 @@ class Laid:
         """Those whose elements do not fill one stretch of memory."""
         return [i for i, ok in enumerate(self.ordered) if not (ok or is_dense(self.leaves[i]))]
 
-    def copied(self) -> Any:
-        """How many bytes of each must be copied before kernels can read it."""
-        sizes = np.zeros(len(self.leaves), np.int64)
-        if self.loose:
-            sizes[self.loose] = self.nbytes[self.loose]
-        return sizes
+    def by_copies(self) -> Sequence[Laid]:
+        """These, as several parts where kernels read more than HELD from copies: those of loose ones."""
+        if not self.loose:
+            return [self]
+        sizes: Any = np.zeros(len(self.leaves), np.int64)
+        sizes[self.loose] = self.nbytes[self.loose]
+        return self._cut(sizes, HELD)
 
-    def cut(self, sizes: Any, most: int) -> Sequence[Laid]:
-        """These, as several parts where they take more than `most` bytes: of each as many as `sizes` says."""
+    def by_outputs(self, sizes: Any) -> Sequence[Laid]:
+        """These, as several parts where their outputs take more than PIECE."""
+        return self._cut(sizes, PIECE)
+
+    def _cut(self, sizes: Any, most: int) -> Sequence[Laid]:
         if sizes.sum() <= most:
             return [self]
-        return [self.only(some) for some in pieces(sizes.tolist(), most)]
+        return [self.only(some) for some in _pieces(sizes.tolist(), most)]
 
     @cached_property
     def crowds(self) -> list[list[int]]:
@@ -135,6 +139,33 @@ class Laid:
             return []
         sets = np.split(order, np.flatnonzero(~joins) + 1)
         return sorted(sorted(same.tolist()) for same in sets if len(same) > 1)
+
+    def in_place(self) -> list[tuple[Laid, list[int]]]:
+        """Parts that are written one after the other, and which of each are copied first, for their copies are scaled.
+
+        Those are the loose ones, and of several that share memory all but the first. The very same memory is there
+        once.
+        """
+        crowds, loose = self.crowds, set(self.loose)
+        if not crowds and not loose:
+            return [(self, [])]
+        shared = {i for crowd in crowds for i in crowd}
+        sets = [list({_memory(self.leaves[i]): i for i in crowd}.values()) for crowd in crowds]
+        sets = sorted(sets + [[i] for i in range(len(self.leaves)) if i not in shared], key=min)
+        copied = loose.union(i for same in sets for i in same[1:])
+        nbytes = self.nbytes.tolist()
+        sizes = [sum(nbytes[i] for i in same if i in copied) for same in sets]
+        parts = []
+        for some in _pieces(sizes, HELD):
+            places = [i for k in some for i in sets[k]]
+            parts.append((self.only(places), [k for k, i in enumerate(places) if i in copied]))
+        return parts
+
+
+def _memory(leaf: Array) -> Any:
+    """What is the same for two leaves that are the very same memory."""
+    layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
+    return leaf.data.ptr, leaf.dtype, layout
 
 
 def is_dense(leaf: Array) -> bool:
@@ -152,7 +183,7 @@ def _span(leaf: Array) -> tuple[int, int]:
     return begin, leaf.data.ptr + sum(way for way in ways if way > 0) + leaf.itemsize
 
 
-def pieces(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+def _pieces(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
     """Things of these sizes, in order, in lists of at most `most` together, or of a single one that takes more."""
     held: list[int] = []
     total = 0

@@ -109,7 +109,7 @@ def entries(
 def _cut(lines: Lines, itemsizes: Any, moves: bool) -> Lines:
     """Lines of at most LONGEST. `moves`: `to` is a place, and goes along."""
     parts = (lines.length.astype(np.int64) - 1) // LONGEST + 1
-    whose = np.repeat(np.arange(len(parts)), parts)
+    whose: Any = np.repeat(np.arange(len(parts)), parts)
     nth = np.arange(len(whose)) - np.repeat(np.cumsum(parts) - parts, parts)
     lines, skipped = Lines(*(x[whose] for x in lines)), (nth * LONGEST).astype(np.uint64)
     beyond = skipped * itemsizes[whose].astype(np.uint64)
