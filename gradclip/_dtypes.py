@@ -21,16 +21,16 @@ COMPONENT_BITS = {
 
 def dtype_name(x: Array) -> str:
     """The dtype's plain name, `"float32"`, in any library and byte order."""
-    return _plain_name(x.dtype)
+    return plain_name(x.dtype)
 
 
 def dtype_names(leaves: Sequence[Array]) -> set[str]:
     """The names of the dtypes among the leaves."""
-    return {_plain_name(dtype) for dtype in {x.dtype for x in leaves}}
+    return {plain_name(dtype) for dtype in {x.dtype for x in leaves}}
 
 
 @lru_cache(256, typed=True)  # typed: dtypes of two libraries may be equal, or warn when they are compared
-def _plain_name(dtype: Any) -> str:
+def plain_name(dtype: Any) -> str:
     name = getattr(dtype, "name", None)
     return name if isinstance(name, str) else str(dtype).rsplit(".", maxsplit=1)[-1]
 

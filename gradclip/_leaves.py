@@ -131,14 +131,14 @@ def _objection(x: Any, name: str | None) -> str:
     return ""
 
 
-def refuse_unwritable(flat: Flat, verb: str) -> None:
-    """Raise LeafError unless every leaf can be written in place. `verb`: the functional form's name."""
-    flags: list[Any] = [getattr(x, "flags", None) for x in flat.values]
-    if all(getattr(f, "writeable", False) and f.forc for f in flags):
-        return
+def refuse_unwritable(flat: Flat, doubtful: Sequence[int], verb: str) -> None:
+    """Raise LeafError unless every leaf can be written in place. `doubtful`: those of which the backend does not know.
+
+    `verb`: the functional form's name.
+    """
     for objection in (immutable, _unwritable):  # among NumPy leaves beside JAX leaves, one of JAX's is named
-        for i, x in enumerate(flat.values):
-            reason = objection(x)
+        for i in doubtful:
+            reason = objection(flat.values[i])
             if reason:
                 raise LeafError(
                     f"{flat.paths()[i]} {reason}, so it cannot be clipped in place: use gradclip.{verb}, "

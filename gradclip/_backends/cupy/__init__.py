@@ -12,7 +12,6 @@ keep the leaves and what the call returns as long as the graph (see `graphs`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -24,11 +23,13 @@ import numpy as np
 from gradclip._backends.cupy import bounds as bounds_of
 from gradclip._backends.cupy import compiler, programs, table
 from gradclip._backends.cupy.bounds import argument
-from gradclip._backends.cupy.columns import NULL, Columns, blocks, joined, measured, split
+from gradclip._backends.cupy.columns import NULL, Columns, joined, measured, split
 from gradclip._backends.cupy.compiler import NotCompiled
-from gradclip._backends.cupy.devices import by_device, move
+from gradclip._backends.cupy.devices import move
 from gradclip._backends.cupy.graphs import recording
-from gradclip._backends.cupy.text import ALIGNMENT, KEPT, ONE, THREADS, TURNS, WHOLE
+from gradclip._backends.cupy.laid import Laid, laid_out
+from gradclip._backends.cupy.scaling import Launch, dtype_of_sum, scale_apart, scale_in_place, scaling, weigh, weighting
+from gradclip._backends.cupy.text import THREADS, TURNS
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
@@ -49,6 +50,12 @@ class CupyBackend(Backend):
         home = leaves[0].device if leaves else nullcontext()
         with super().session(leaves, in_place), home, recording(leaves, in_place):
             yield
+
+    def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
+        return laid_out(leaves)
+
+    def doubtful(self, leaves: Sequence[Array]) -> Sequence[int]:
+        return [part.here[i] for part in laid_out(leaves).parts for i in part.loose]
 
     def move(self, x: Array, device: Any) -> Array:
         return move(x, device)
@@ -77,24 +84,28 @@ class CupyBackend(Backend):
         return super().partial(leaves, norm, groups, seen)
 
     def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Columns:
-        """What leaves contribute to one pass, on the first one's device."""
-        home, found, places = cupy.cuda.Device(), [], by_device(leaves)
-        for device, here in places:
-            with cupy.cuda.Device(device):
-                where = [groups.base[i] for i in here], [groups.keep[i] for i in here], groups.count
-                columns = measured([leaves[i] for i in here], norm, *where, list(map(_here, seen)))
-                if len(places) == 1 and device == home.id:
+        """What leaves contribute to one pass, on the first one's device.
+
+        Those that are not in one piece are copied, some at a time: each time gives a partial, as each device does.
+        """
+        home, found = cupy.cuda.Device(), []
+        parts = [some for part in laid_out(leaves).parts for some in part.by_copies()]
+        for part in parts:
+            with cupy.cuda.Device(part.device):
+                columns = measured(part, norm, groups, list(map(_here, seen)))
+                if len(parts) == 1 and part.device == home.id:
                     return columns
                 found.append(move(joined(columns, norm, len(seen), groups.count), home))
+                del columns
         return Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
 
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
         """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
-        places = by_device(leaves)
-        for device, here in [*places, (cupy.cuda.Device().id, [])]:
-            with cupy.cuda.Device(device):
-                sorts = split([leaves[i] for i in here], [groups.keep[i] for i in here])
-                whole, kept = (table.kinds([leaves[here[i]] for i in sort], real=False) for sort in sorts)
+        parts = laid_out(leaves).parts
+        for part in [*parts, Laid([], cupy.cuda.Device().id, [])]:
+            with cupy.cuda.Device(part.device):
+                sorts = split(part, part.of(groups.keep))
+                whole, kept = (table.kinds(sort.distinct, real=False) for sort in sorts)
                 for step in range(len(norm.ops)):
                     compiler.compiled(programs.joined(norm, step), "gradclip_join")
                     if whole:
@@ -102,9 +113,9 @@ class CupyBackend(Backend):
                     if kept:
                         compiler.compiled(programs.spread(norm, step, kept), "gradclip_spread")
         for several in {False, groups.count > 1}:  # groups by kind of leaf may be one group
-            _scaling(leaves, places, groups, several)
+            scaling(parts, groups, several)
         if any(len(shape) == 1 for shape in groups.shapes):  # examples
-            _weighting(leaves, places)
+            weighting(parts)
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -138,68 +149,52 @@ class CupyBackend(Backend):
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        """`leaf * shift * factor * shift`. The outputs on one device share one allocation: while one is kept, all are.
+        """`leaf * shift * factor * shift`. Outputs share allocations, see `laid`: while one is kept, all of it is.
 
         A leaf whose elements lie side by side keeps its layout; any other comes back in C order. In place, what two
         leaves share is scaled once, from what it was.
         """
-        places = by_device(leaves)
+        parts = laid_out(leaves).parts
         try:
-            kernels = _scaling(leaves, places, groups, factors.factor.size > 1)
+            kernels = scaling(parts, groups, factors.factor.size > 1)
         except NotCompiled:
             return super().scale(leaves, factors, groups, in_place)
         out: list[Array] = list(leaves)
-        for (device, here), (kernel, grouped) in zip(places, kernels, strict=True):
-            if in_place:
-                here = list({_memory(leaves[i]): i for i in here}.values())
-            with cupy.cuda.Device(device):
-                by = [NULL if x is None else _here(x) for x in factors]
-                mine = [leaves[i] for i in here]
-                sources = [x if table.is_dense(x) else cupy.array(x, order="C") for x in mine]
-                starts, end = table.room_for([x.nbytes for x in sources])
-                room: Any = NULL if in_place else cupy.empty(end * ALIGNMENT, cupy.uint8)
-                if in_place and table.overlap(sources):
-                    sources = [x.copy() if x is leaf else x for x, leaf in zip(sources, mine, strict=True)]
-                runs = _runs(sources, here, groups) if grouped else []
-                lines = table.entries(sources, real=True, room=starts, runs=runs, cut=grouped != KEPT)
-                for launch in table.tables(lines, grouped=grouped):
-                    kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
-                for i, x, start in zip(here, sources, starts, strict=True):
-                    if not in_place:
-                        out[i] = cupy.ndarray(x.shape, x.dtype, room.data + start * ALIGNMENT, x.strides)
-                    elif x is not leaves[i]:
-                        leaves[i][...] = x
+        for part, (kernel, grouped) in zip(parts, kernels, strict=True):
+            with cupy.cuda.Device(part.device):
+                how = Launch(kernel, grouped, groups, [NULL if x is None else _here(x) for x in factors])
+                if in_place:
+                    for some, copied in part.in_place():
+                        scale_in_place(some, copied, how)
+                    continue
+                for some in part.by_outputs(part.nbytes):
+                    for i, x in zip(some.here, scale_apart(some, how), strict=True):
+                        out[i] = x
         return leaves if in_place else out
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
         """As the reference, in double precision. A thread goes down the examples of one element of the result.
 
-        So many examples of few elements are slow. Outputs share one allocation; a leaf that is not in one piece is
+        So many examples of few elements are slow. Outputs share allocations; a leaf that is not in one piece is
         copied. The results lie as the leaves do.
         """
-        places = by_device(leaves)
+        parts = laid_out(leaves).parts
         try:
-            kernels = _weighting(leaves, places)
+            kernels = weighting(parts)
         except NotCompiled:
             return super().weighted_sum(leaves, factors, groups)
         out: dict[int, Array] = {}
-        for (device, here), kernel in zip(places, kernels, strict=True):
-            with cupy.cuda.Device(device):
+        for part, kernel in zip(parts, kernels, strict=True):
+            with cupy.cuda.Device(part.device):
                 by = [NULL if x is None else _here(x) for x in factors]
-                sources = [x if table.is_dense(x) else cupy.array(x, order="C") for x in (leaves[i] for i in here)]
-                sums = [_without_first(x) for x in sources]
-                starts, end = table.room_for([math.prod(shape) * dtype.itemsize for shape, dtype, _ in sums])
-                room = cupy.empty(end * ALIGNMENT, cupy.uint8)
-                lines = table.entries(sources, real=True, room=starts, runs=_runs(sources, here, groups), cut=False)
-                lines = [line._replace(length=line.length // line.groups) for line in lines]
-                for launch in table.tables(lines, grouped=KEPT, bits=8):
-                    kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
-                for i, start, (shape, dtype, strides) in zip(here, starts, sums, strict=True):
-                    out[i] = cupy.ndarray(shape, dtype, room.data + start * ALIGNMENT, strides)
+                sums = np.array([x.size // x.shape[0] * dtype_of_sum(x).itemsize for x in part.leaves])
+                for piece in part.by_outputs(sums):
+                    for some in piece.by_copies():
+                        out.update(zip(some.here, weigh(some, kernel, groups, by), strict=True))
         for i, x in enumerate(leaves):
             if i not in out:
                 with x.device:
-                    out[i] = cupy.zeros(x.shape[1:], _dtype_of_sum(x))
+                    out[i] = cupy.zeros(x.shape[1:], dtype_of_sum(x))
         return [out[i] for i in range(len(leaves))]
 
     def _scaled(self, leaf: Array, steps: Sequence[Array]) -> Array:
@@ -232,25 +227,6 @@ def _reported(rows: Array, flips: Sequence[int], groups: Groups) -> list[Array]:
     return out
 
 
-def _runs(leaves: Sequence[Array], here: Sequence[int], groups: Groups) -> list[table.Run]:
-    """Where the groups of dense leaves are: those of the numbers `here`."""
-    return [table.run_of(x, groups.keep[i], groups.base[i]) for x, i in zip(leaves, here, strict=True)]
-
-
-def _without_first(leaf: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:
-    """Shape, dtype and strides of what is left of a dense leaf without its axis 0: its elements move together."""
-    dtype, n = _dtype_of_sum(leaf), leaf.shape[0]
-    ratio = dtype.itemsize / leaf.itemsize
-    outside = [stride > leaf.strides[0] for stride in leaf.strides[1:]]
-    sides = zip(leaf.strides[1:], outside, strict=True)
-    return leaf.shape[1:], dtype, tuple(int((s // n if out else s) * ratio) for s, out in sides)
-
-
-def _dtype_of_sum(leaf: Array) -> Any:
-    """float32 or complex64, for 64-bit components float64 or complex128."""
-    return leaf.dtype if leaf.dtype.char in "dFD" else np.dtype(np.float32)
-
-
 def _found(norm: Norm, partials: Seen) -> tuple[Any, ...]:
     """Partials as the kernel that decides takes them."""
     *before, last = partials
@@ -260,37 +236,3 @@ def _found(norm: Norm, partials: Seen) -> tuple[Any, ...]:
         if len(last.values) > norm.slots[-1]:  # other shards have said it
             widths = last.values[norm.slots[-1] :]
     return *last.arguments(), widths, _here(before[0]) if before else NULL
-
-
-def _scaling(
-    leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]], groups: Groups, several: bool
-) -> list[tuple[Any, int]]:
-    """The kernel that scales, for each device, and what its table says of groups.
-
-    All are compiled before the first leaf is written. `several`: there are several factors.
-    """
-    kernels = []
-    for device, here in places:
-        with cupy.cuda.Device(device):
-            mine = [leaves[i] for i in here]
-            kept = several and split(mine, [groups.keep[i] for i in here])[1]
-            grouped = KEPT if kept else WHOLE if several else ONE
-            source = programs.scale(table.kinds(mine, real=True), grouped)
-            kernels.append((compiler.compiled(source, "gradclip_scale"), grouped))
-    return kernels
-
-
-def _weighting(leaves: Sequence[Array], places: Sequence[tuple[int, list[int]]]) -> list[Any]:
-    """The kernel that adds up examples, for each device."""
-    kernels = []
-    for device, here in places:
-        with cupy.cuda.Device(device):
-            source = programs.weighted(table.kinds([leaves[i] for i in here], real=True))
-            kernels.append(compiler.compiled(source, "gradclip_weighted"))
-    return kernels
-
-
-def _memory(leaf: Array) -> Any:
-    """What is the same for two leaves that are the very same memory."""
-    layout = (leaf.size,) if leaf.flags.c_contiguous else (leaf.shape, leaf.strides)
-    return leaf.data.ptr, str(leaf.dtype), layout

@@ -11,7 +11,9 @@ import numpy as np
 
 from gradclip._backends.cupy import compiler, programs, table, tiles
 from gradclip._backends.cupy.compiler import NotCompiled
+from gradclip._backends.cupy.laid import Laid
 from gradclip._backends.cupy.text import THREADS
+from gradclip._groups import Groups
 from gradclip._norms import Norm
 from gradclip._types import Array
 
@@ -44,38 +46,32 @@ def blocks(pieces: Any) -> int:
     return min(int(pieces), _BLOCKS)
 
 
-def split(leaves: Sequence[Array], keep: Sequence[int | None]) -> tuple[list[int], list[int]]:
+def split(laid: Laid, keep: Sequence[int | None]) -> tuple[Laid, Laid]:
     """Which leaves are in one group each, and of which an axis is kept."""
+    if keep.count(None) == len(keep):
+        return laid, laid.only([])
     found: tuple[list[int], list[int]] = [], []
-    for i, (leaf, axis) in enumerate(zip(leaves, keep, strict=True)):
+    for i, (leaf, axis) in enumerate(zip(laid.leaves, keep, strict=True)):
         found[axis is not None and leaf.shape[axis] > 1].append(i)
-    return found
+    return laid.only(found[0]), laid.only(found[1])
 
 
-def measured(
-    leaves: Sequence[Array],
-    norm: Norm,
-    base: Sequence[int],
-    keep: Sequence[int | None],
-    count: int,
-    seen: Sequence[Array],
-) -> Columns:
+def measured(laid: Laid, norm: Norm, groups: Groups, seen: Sequence[Array]) -> Columns:
     """What leaves contribute to one pass: columns for each block, and with several groups for each leaf.
 
-    `base` and `keep`: as in `Groups`, of which there are `count`. Raises NotCompiled.
+    Raises NotCompiled.
     """
-    leaves = [leaf if table.is_dense(leaf) else cupy.ascontiguousarray(leaf) for leaf in leaves]
-    step, whole, kept = len(seen), *split(leaves, keep)
-    grouped = count > 1
-    plain = [leaves[i] for i in whole]
-    kinds = table.kinds(plain, real=False)
-    runs = [table.Run(base[i], 1, 1) for i in whole] if grouped else []
-    launches = list(table.tables(table.entries(plain, real=False, runs=runs, count=count if grouped else 0)))
+    laid = laid.replaced({i: cupy.ascontiguousarray(laid.leaves[i]) for i in laid.loose})
+    step, count, grouped = len(seen), groups.count, groups.count > 1
+    whole, kept = split(laid, laid.of(groups.keep))
+    launches: list[Any] = []
+    kinds = table.kinds(whole.distinct, real=False)
+    if kinds:
+        runs = table.Run(np.array(whole.of(groups.base))) if grouped else None
+        launches = list(table.tables(table.entries(whole, real=False, runs=runs, count=count if grouped else 0)))
     widths = [blocks(launch["chunks"]) + (int(launch["leaves"]) if grouped else 0) for launch in launches]
     *starts, total = accumulate(widths, initial=0)
-    spread = [leaves[i] for i in kept]
-    runs = [table.run_of(leaves[i], keep[i], base[i]) for i in kept]
-    tiled, total = tiles.tables(spread, runs, len(kinds) * count, total)
+    tiled, total = tiles.tables(kept.leaves, table.runs_of(kept, groups), len(kinds) * count, total)
     check(count, total)
     values = cupy.empty((norm.slots[step], total), cupy.float64)
     keys = cupy.empty(total, cupy.uint32) if grouped else NULL
@@ -86,10 +82,11 @@ def measured(
     for launch, at in zip(launches, starts, strict=True):
         kernel((blocks(launch["chunks"]),), (THREADS,), (launch, values, stride, np.uint32(at), keys, *known))
     if tiled:
-        kernel = compiler.compiled(programs.spread(norm, step, table.kinds(spread, real=False)), "gradclip_spread")
+        source = programs.spread(norm, step, table.kinds(kept.distinct, real=False))
+        kernel = compiler.compiled(source, "gradclip_spread")
     for launch in tiled:
         kernel((blocks(launch["tiles"]),), (THREADS,), (launch, values, stride, keys, *known))
-    return Columns(values, keys, len(kinds) + bool(kept) if grouped else 1)
+    return Columns(values, keys, len(kinds) + bool(kept.leaves) if grouped else 1)
 
 
 def joined(columns: Columns, norm: Norm, step: int, count: int) -> Array:

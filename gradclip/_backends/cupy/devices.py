@@ -1,22 +1,12 @@
-"""Several devices: which leaves are where, and small arrays that travel."""
+"""Several devices: small arrays that travel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import cupy
 
 from gradclip._types import Array
-
-
-def by_device(leaves: Sequence[Array]) -> list[tuple[int, list[int]]]:
-    """The devices of the leaves that hold something, in order of appearance, and which leaves are there."""
-    found: dict[int, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        if leaf.size:
-            found.setdefault(leaf.device.id, []).append(i)
-    return list(found.items())
 
 
 def move(x: Array, device: Any) -> Array:

@@ -24,6 +24,7 @@ from typing import Any
 
 import cupy
 
+from gradclip._backends.cupy.laid import laid_out
 from gradclip._types import Array
 
 
@@ -32,7 +33,7 @@ def recording(leaves: Sequence[Array], in_place: bool) -> Iterator[None]:
     """Open around a call on `leaves`, which may be captured. Else nothing happens."""
     # Where there is only one device, no leaf need be asked.
     several = cupy.cuda.runtime.getDeviceCount() > 1
-    devices = {leaf.device.id for leaf in leaves} if several and leaves else {cupy.cuda.runtime.getDevice()}
+    devices = set(laid_out(leaves).devices) if several and leaves else {cupy.cuda.runtime.getDevice()}
     if not any(map(_captures, devices)):
         yield
         return

@@ -5,16 +5,15 @@ So no copy to the device is needed, and nothing waits. `TABLE` is the `Table` of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gradclip._backends.cupy.laid import Laid
 from gradclip._backends.cupy.numbers import KINDS, REAL
 from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, KEPT, LEAVES, ONE, TURNS
-from gradclip._dtypes import dtype_name, dtype_names
+from gradclip._dtypes import dtype_name, plain_name
 from gradclip._groups import Groups
 from gradclip._types import Array
 
@@ -45,11 +44,14 @@ _ORDER = tuple(KINDS)
 
 
 class Run(NamedTuple):
-    """Where the groups of a leaf are: `length` of them from `group` on, in turns, of `inner` elements side by side."""
+    """Where the groups of a leaf are: `length` of them from `group` on, in turns, of `inner` elements side by side.
 
-    group: int
-    length: int
-    inner: int
+    Or a column of each of these, for many leaves.
+    """
+
+    group: Any
+    length: Any = 1
+    inner: Any = 1
 
 
 def run_of(leaf: Array, keep: int | None, group: int) -> Run:
@@ -59,53 +61,63 @@ def run_of(leaf: Array, keep: int | None, group: int) -> Run:
     return Run(group, leaf.shape[keep], leaf.strides[keep] // leaf.itemsize)
 
 
-class Entry(NamedTuple):
-    """One line of a table: some elements that lie side by side."""
-
-    kind: int
-    group: int
-    pointer: int
-    length: int
-    to: int  # the key of its group, or where its output starts, in units of ALIGNMENT
-    groups: int = 1  # see `Run`
-    inner: int = 1
+def runs_of(laid: Laid, groups: Groups) -> list[Run]:
+    """Where the groups of dense leaves are."""
+    return list(map(run_of, laid.leaves, laid.of(groups.keep), laid.of(groups.base)))
 
 
-def is_dense(leaf: Array) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order."""
-    if leaf.flags.c_contiguous:
-        return True
-    order = sorted(range(leaf.ndim), key=lambda axis: leaf.strides[axis])
-    return leaf.transpose(order).flags.f_contiguous
+class Lines(NamedTuple):
+    """The lines of tables, by columns: in each line some elements that lie side by side."""
+
+    kind: Any
+    group: Any
+    pointer: Any
+    length: Any
+    to: Any  # the key of its group, or where its output starts, in units of ALIGNMENT
+    groups: Any  # see `Run`
+    inner: Any
 
 
 def entries(
-    leaves: Sequence[Array],
-    *,
-    real: bool,
-    room: Sequence[int] = (),
-    runs: Sequence[Run] = (),
-    count: int = 0,
-    cut: bool = True,
-) -> list[Entry]:
+    laid: Laid, *, real: bool, room: Any = None, runs: Run | None = None, count: int = 0, cut: bool = True
+) -> Lines:
     """The lines for dense leaves, sorted by kind and group.
 
     `real`: complex leaves as real ones, twice as long. `room`: where their outputs start. `runs`: the groups of each.
     `count`, of all groups: the lines have keys, see `sums.JOIN`. `cut`: into lines of at most LONGEST.
     """
-    out, order = [], kinds(leaves, real=real)
-    found = {dtype: _kind(dtype_name(leaf), real, order) for dtype, leaf in {x.dtype: x for x in leaves}.items()}
-    for i, leaf in enumerate(leaves):
-        number, section, times = found[leaf.dtype]
-        group, length, inner = runs[i] if runs else (0, 1, 1)
-        n, pointer = leaf.size * times, leaf.data.ptr
-        to = room[i] if room else section * count + group
-        while cut and n > LONGEST:
-            out.append(Entry(number, group, pointer, LONGEST, to))
-            skipped = LONGEST * leaf.itemsize // times
-            n, pointer, to = n - LONGEST, pointer + skipped, to + skipped // ALIGNMENT if room else to
-        out.append(Entry(number, group, pointer, n, to, length, inner * times))
-    return sorted(out, key=itemgetter(0, 1))  # and by nothing else: sums do not depend on where memory is
+    order = kinds(laid.distinct, real=real)
+    found = {dtype: _kind(plain_name(dtype), real, order) for dtype in laid.distinct}
+    known = np.array(list(found.values()), np.int64)
+    if len(found) > 1:
+        row = {dtype: i for i, dtype in enumerate(found)}
+        known = known[[row[dtype] for dtype in laid.dtypes]]
+    number, section, times = known.T
+    group, length, inner = runs or Run(0)
+    to = room if room is not None else section * count + group
+    n = laid.sizes * times
+    lines = Lines(number, group, laid.pointers, n, to, length, inner * times)
+    lines = Lines(*(np.broadcast_to(np.asarray(x, np.uint64), n.shape) for x in lines))
+    if cut and n.max() > LONGEST:
+        lines = _cut(lines, np.broadcast_to(laid.itemsizes // times, n.shape), room is not None)
+    if len(found) > 1 or np.ndim(group):  # and by nothing else: sums do not depend on where memory is
+        first = np.lexsort((lines.group, lines.kind))
+        lines = Lines(*(x[first] for x in lines))
+    return lines
+
+
+def _cut(lines: Lines, itemsizes: Any, moves: bool) -> Lines:
+    """Lines of at most LONGEST. `moves`: `to` is a place, and goes along."""
+    parts = (lines.length.astype(np.int64) - 1) // LONGEST + 1
+    whose: Any = np.repeat(np.arange(len(parts)), parts)
+    nth = np.arange(len(whose)) - np.repeat(np.cumsum(parts) - parts, parts)
+    lines, skipped = Lines(*(x[whose] for x in lines)), (nth * LONGEST).astype(np.uint64)
+    beyond = skipped * itemsizes[whose].astype(np.uint64)
+    return lines._replace(
+        pointer=lines.pointer + beyond,
+        length=np.minimum(lines.length - skipped, np.uint64(LONGEST)),
+        to=lines.to + beyond // np.uint64(ALIGNMENT) if moves else lines.to,
+    )
 
 
 def _kind(name: str, real: bool, order: Sequence[str]) -> tuple[int, int, int]:
@@ -114,24 +126,22 @@ def _kind(name: str, real: bool, order: Sequence[str]) -> tuple[int, int, int]:
     return _ORDER.index(kind), order.index(kind), 1 + (kind != name)
 
 
-def kinds(leaves: Sequence[Array], *, real: bool) -> tuple[str, ...]:
-    """The names of the kinds of leaves, in the order of the table."""
-    names = {KINDS[name].component if real else name for name in dtype_names(leaves)}
+def kinds(dtypes: Iterable[Any], *, real: bool) -> tuple[str, ...]:
+    """The names of the kinds of leaves of these dtypes, in the order of the table."""
+    names = {KINDS[name].component if real else name for name in map(plain_name, dtypes)}
     return tuple(name for name in _ORDER if name in names)
 
 
-def tables(lines: Sequence[Entry], *, grouped: int = ONE, bits: int = _CHUNK) -> Iterator[Any]:
+def tables(lines: Lines, *, grouped: int = ONE, bits: int = _CHUNK) -> Iterator[Any]:
     """One table for each launch. `grouped`: what they say of groups. `bits`: see _CHUNK."""
     most = 2 ** (32 if grouped == KEPT else 16)
-    for begin in range(0, len(lines), LEAVES[grouped]):
-        held = lines[begin : begin + LEAVES[grouped]]
-        columns = (np.array(column, np.uint64) for column in zip(*held, strict=True))
-        kind, group, pointer, length, to, groups, inner = columns
+    for begin in range(0, len(lines.kind), LEAVES[grouped]):
+        kind, group, pointer, length, to, groups, inner = (x[begin : begin + LEAVES[grouped]] for x in lines)
         wide = bits
         while (chunks := (length - 1 >> wide) + 1).sum() >= most:
             wide += 1
         table: Any = np.zeros((), TABLE[grouped])
-        n = len(held)
+        n = len(kind)
         table["from"][:n], table["to"][:n] = pointer, to
         if grouped:
             table["group"][:n] = group
@@ -180,13 +190,7 @@ def row(numbers: Sequence[tuple[Any, int]], begin: int) -> Any:
     return out
 
 
-def room_for(sizes: Sequence[int]) -> tuple[list[int], int]:
+def room_for(sizes: Any) -> tuple[Any, int]:
     """Where each output of so many bytes starts in one allocation, in units of ALIGNMENT, and how many there are."""
-    *starts, end = accumulate((-(-size // ALIGNMENT) for size in sizes), initial=0)
-    return starts, end
-
-
-def overlap(leaves: Sequence[Array]) -> bool:
-    """Whether two dense leaves share memory."""
-    spans = sorted((leaf.data.ptr, leaf.nbytes) for leaf in leaves)
-    return any(a + n > b for (a, n), (b, _) in pairwise(spans))
+    ends = np.cumsum(-(-sizes // ALIGNMENT))
+    return np.concatenate([[0], ends[:-1]]), int(ends[-1])
