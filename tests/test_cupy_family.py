@@ -18,7 +18,7 @@ from gradclip import Units
 
 pytestmark = marks
 if backend is not None:
-    from gradclip._backends.cupy import columns, tiles
+    from gradclip._backends.cupy import tiles
 
 #: Norms of every kind: with bins, with a count of elements, of two passes, no sum.
 NORMS: list[Any] = [2.0, "rms", 3.0, INF]
@@ -122,7 +122,7 @@ def test_every_geometry_has_every_element_once(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_few_blocks_for_many_tiles(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-    monkeypatch.setattr(columns, "_BLOCKS", blocks)
+    monkeypatch.setattr(compiler.Kernel, "blocks", lambda self, pieces: min(int(pieces), blocks))
     monkeypatch.setattr(tiles, "_TILE", 64)
     rng = np.random.default_rng(2)
     values = values_of(rng, SHAPES)

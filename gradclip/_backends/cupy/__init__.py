@@ -1,7 +1,7 @@
 """CuPy: a few launches for all leaves together, where the generic backend takes some twenty for each.
 
 For 1,000 leaves of 1,024 float32 elements: 5 launches for the global norm and 9 for a clip, in place or not; with a
-group for each leaf 5 and 10. Of leaves of which an axis is kept, 88 are measured and 115 scaled or added up in one
+group for each leaf 5 and 10. Of leaves of which an axis is kept, 88 are measured, scaled or added up in one
 launch, however many units or examples there are. Counted on emulated devices; no time was measured on a GPU.
 
 The kernels are written by `programs` and compiled when they are first needed; one that will not compile on this machine
@@ -23,13 +23,21 @@ import numpy as np
 from gradclip._backends.cupy import bounds as bounds_of
 from gradclip._backends.cupy import compiler, programs, table
 from gradclip._backends.cupy.bounds import argument
-from gradclip._backends.cupy.columns import NULL, Columns, joined, measured, split
+from gradclip._backends.cupy.columns import NULL, Columns, joined, measured, split, threads
 from gradclip._backends.cupy.compiler import NotCompiled
 from gradclip._backends.cupy.devices import move
 from gradclip._backends.cupy.graphs import recording
 from gradclip._backends.cupy.laid import Laid, laid_out
-from gradclip._backends.cupy.scaling import Launch, dtype_of_sum, scale_apart, scale_in_place, scaling, weigh, weighting
-from gradclip._backends.cupy.text import THREADS, TURNS
+from gradclip._backends.cupy.scaling import (
+    Scaling,
+    dtype_of_sum,
+    scale_apart,
+    scale_in_place,
+    scaling,
+    weigh,
+    weighting,
+)
+from gradclip._backends.cupy.text import TURNS
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
@@ -143,7 +151,7 @@ class CupyBackend(Backend):
             begin, end = flips[i], [*flips, n][min(i + TURNS, len(flips))]
             what = table.turns(flips[i : i + TURNS]), np.uint32(begin), np.uint32(n), np.bool_(nonfinite == "zero")
             if begin < end:
-                kernel((end - begin,), (THREADS,), (rows, finite, *what, *given))
+                kernel(end - begin, (rows, finite, *what, *given), threads(n))
         return Verdict(_reported(rows, flips, groups), Factors(rows[1], rows[2]), finite[0], finite[1])
 
     # -- clipping ------------------------------------------------------------------------------------------
@@ -160,9 +168,9 @@ class CupyBackend(Backend):
         except NotCompiled:
             return super().scale(leaves, factors, groups, in_place)
         out: list[Array] = list(leaves)
-        for part, (kernel, grouped) in zip(parts, kernels, strict=True):
+        for part, mine in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
-                how = Launch(kernel, grouped, groups, [NULL if x is None else _here(x) for x in factors])
+                how = Scaling(mine, groups, [NULL if x is None else _here(x) for x in factors])
                 if in_place:
                     for some, copied in part.in_place():
                         scale_in_place(some, copied, how)

@@ -17,9 +17,9 @@ from gradclip._groups import Groups
 from gradclip._norms import Norm
 from gradclip._types import Array
 
-#: Blocks of one launch: as many threads as the largest GPUs run at once.
-_BLOCKS = 1024
 NULL = np.uint64(0)
+#: So many groups are more than a GPU has room for blocks.
+_MANY = 4096
 #: There must be less groups and columns than this: so far the kernels count.
 _GROUPS, _COLUMNS = 2**28, 2**31
 
@@ -41,9 +41,9 @@ def check(groups: int, columns: int = 0) -> None:
         raise NotCompiled
 
 
-def blocks(pieces: Any) -> int:
-    """The blocks of a launch over so many pieces of work."""
-    return min(int(pieces), _BLOCKS)
+def threads(groups: int) -> int:
+    """The threads of a block that joins the columns of one group: of many groups each has few columns."""
+    return THREADS if groups < _MANY else 32
 
 
 def split(laid: Laid, keep: Sequence[int | None]) -> tuple[Laid, Laid]:
@@ -64,28 +64,32 @@ def measured(laid: Laid, norm: Norm, groups: Groups, seen: Sequence[Array]) -> C
     laid = laid.replaced({i: cupy.ascontiguousarray(laid.leaves[i]) for i in laid.loose})
     step, count, grouped = len(seen), groups.count, groups.count > 1
     whole, kept = split(laid, laid.of(groups.keep))
-    launches: list[Any] = []
+    launches: list[tuple[int, Any]] = []
     kinds = table.kinds(whole.distinct, real=False)
     if kinds:
-        runs = table.Run(np.array(whole.of(groups.base))) if grouped else None
-        launches = list(table.tables(table.entries(whole, real=False, runs=runs, count=count if grouped else 0)))
-    widths = [blocks(launch["chunks"]) + (int(launch["leaves"]) if grouped else 0) for launch in launches]
+        kernel = compiler.compiled(programs.measure(norm, step, kinds), "gradclip_measure")
+        lines = table.entries(
+            whole,
+            real=False,
+            groups=np.array(whole.of(groups.base)) if grouped else None,
+            count=count if grouped else 0,
+        )
+        launches = [(kernel.blocks(some["chunks"]), some) for some in table.tables(lines)]
+    widths = [blocks + (int(some["leaves"]) if grouped else 0) for blocks, some in launches]
     *starts, total = accumulate(widths, initial=0)
-    tiled, total = tiles.tables(kept.leaves, table.runs_of(kept, groups), len(kinds) * count, total)
+    tiled, total = tiles.measuring(kept.leaves, tiles.runs_of(kept, groups), len(kinds) * count, total)
     check(count, total)
     values = cupy.empty((norm.slots[step], total), cupy.float64)
     keys = cupy.empty(total, cupy.uint32) if grouped else NULL
     known = (seen[0], np.uint32(seen[0].shape[1])) if seen else (NULL, np.uint32(1))
     stride = np.uint32(total)
-    if launches:
-        kernel = compiler.compiled(programs.measure(norm, step, kinds), "gradclip_measure")
-    for launch, at in zip(launches, starts, strict=True):
-        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, values, stride, np.uint32(at), keys, *known))
+    for (blocks, some), at in zip(launches, starts, strict=True):
+        kernel(blocks, (some, values, stride, np.uint32(at), keys, *known))
     if tiled:
         source = programs.spread(norm, step, table.kinds(kept.distinct, real=False))
         kernel = compiler.compiled(source, "gradclip_spread")
-    for launch in tiled:
-        kernel((blocks(launch["tiles"]),), (THREADS,), (launch, values, stride, keys, *known))
+    for some in tiled:
+        kernel(kernel.blocks(some["tiles"]), (some, values, stride, keys, *known))
     return Columns(values, keys, len(kinds) + bool(kept.leaves) if grouped else 1)
 
 
@@ -94,5 +98,5 @@ def joined(columns: Columns, norm: Norm, step: int, count: int) -> Array:
     kernel = compiler.compiled(programs.joined(norm, step), "gradclip_join")
     out = cupy.empty((norm.slots[step], count), cupy.float64)
     if count:
-        kernel((count,), (THREADS,), (out, np.uint32(count), *columns.arguments()))
+        kernel(count, (out, np.uint32(count), *columns.arguments()), threads(count))
     return out

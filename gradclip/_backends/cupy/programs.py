@@ -79,7 +79,9 @@ def _choice(kinds: tuple[str, ...], run: str) -> str:
 @lru_cache(maxsize=256)
 def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
     """The kernel of one pass of a norm over leaves of these kinds: it writes partials as columns."""
-    run = "const unsigned n = " + text.LENGTH + "; gather_{1}((const {0}*)source, n, threadIdx.x ? 0.0 : n, s, c, peak, "
+    run = (
+        "const unsigned n = " + text.LENGTH + "; gather_{1}((const {0}*)source, n, threadIdx.x ? 0.0 : n, s, c, peak, "
+    )
     run += "seen + t.to[low] % groups, groups);"
     flush = sums.FLUSH % {**_joining(norm, step), "choice": _choice(kinds, run), "peak": _peak(norm, step)}
     body = {"gather": _gathers(norm, step, kinds), "chunks": _chunks(flush)}

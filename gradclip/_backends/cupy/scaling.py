@@ -9,39 +9,48 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from gradclip._backends.cupy import compiler, programs, table
-from gradclip._backends.cupy.columns import NULL, blocks, split
+from gradclip._backends.cupy import compiler, programs, table, tiles
+from gradclip._backends.cupy.columns import NULL, split
+from gradclip._backends.cupy.compiler import Kernel
 from gradclip._backends.cupy.laid import Laid
-from gradclip._backends.cupy.text import ALIGNMENT, KEPT, ONE, THREADS, WHOLE
+from gradclip._backends.cupy.text import ALIGNMENT, ONE, WHOLE
 from gradclip._groups import Groups
 from gradclip._types import Array
 
 
-class Launch(NamedTuple):
+class Kernels(NamedTuple):
+    """Those that scale the leaves of one device: such of one group each, and such of which an axis is kept."""
+
+    whole: Kernel | None
+    kept: Kernel | None
+    grouped: int  # what the table of the first says of groups
+
+
+class Scaling(NamedTuple):
     """How leaves are scaled on one device."""
 
-    kernel: Any
-    grouped: int  # what its table says of groups
+    kernels: Kernels
     groups: Groups
-    by: Sequence[Any]  # the factors, as the kernel takes them
+    by: Sequence[Any]  # the factors, as the kernels take them
+
+    def split(self, laid: Laid) -> tuple[Laid, Laid]:
+        return split(laid, laid.of(self.groups.keep)) if self.kernels.kept else (laid, laid.only([]))
 
 
-def scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[tuple[Any, int]]:
-    """The kernel that scales, for each device, and what its table says of groups.
-
-    All are compiled before the first leaf is written. `several`: there are several factors.
-    """
-    kernels = []
+def scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[Kernels]:
+    """For each device, compiled before the first leaf is written. `several`: there are several factors."""
+    found, grouped = [], WHOLE if several else ONE
     for part in parts:
         with cupy.cuda.Device(part.device):
-            kept = several and split(part, part.of(groups.keep))[1].leaves
-            grouped = KEPT if kept else WHOLE if several else ONE
-            source = programs.scale(table.kinds(part.distinct, real=True), grouped)
-            kernels.append((compiler.compiled(source, "gradclip_scale"), grouped))
-    return kernels
+            sorts = split(part, part.of(groups.keep)) if several else (part, part.only([]))
+            whole, kept = (table.kinds(sort.distinct, real=True) for sort in sorts)
+            one = compiler.compiled(programs.scale(whole, grouped), "gradclip_scale") if whole else None
+            two = compiler.compiled(programs.scale_spread(kept), "gradclip_scale_spread") if kept else None
+            found.append(Kernels(one, two, grouped))
+    return found
 
 
-def weighting(parts: Sequence[Laid]) -> list[Any]:
+def weighting(parts: Sequence[Laid]) -> list[Kernel]:
     """The kernel that adds up examples, for each device."""
     kernels = []
     for part in parts:
@@ -51,7 +60,7 @@ def weighting(parts: Sequence[Laid]) -> list[Any]:
     return kernels
 
 
-def scale_in_place(laid: Laid, copied: Sequence[int], how: Launch) -> None:
+def scale_in_place(laid: Laid, copied: Sequence[int], how: Scaling) -> None:
     """Scale these leaves where they are, some of them by way of a copy."""
     copies = {i: laid.leaves[i].copy(order="C") for i in copied}
     _launch(laid.replaced(copies), how)
@@ -59,7 +68,7 @@ def scale_in_place(laid: Laid, copied: Sequence[int], how: Launch) -> None:
         laid.leaves[i][...] = x
 
 
-def scale_apart(laid: Laid, how: Launch) -> list[Array]:
+def scale_apart(laid: Laid, how: Scaling) -> list[Array]:
     """Scale these leaves; the outputs share one allocation."""
     starts, end = table.room_for(laid.nbytes)
     room = cupy.empty(end * ALIGNMENT, cupy.uint8)
@@ -74,32 +83,31 @@ def scale_apart(laid: Laid, how: Launch) -> list[Array]:
     return out
 
 
-def _launch(laid: Laid, how: Launch, room: Any = NULL, starts: Any = None) -> None:
+def _launch(laid: Laid, how: Scaling, room: Any = NULL, starts: Any = None) -> None:
     """Scale dense leaves: to `room`, where each output starts at its place of `starts`, or where they are."""
-    kernel, grouped, groups, by = how
-    lines = table.entries(laid, real=True, room=starts, runs=_runs(laid, groups, grouped), cut=grouped != KEPT)
-    for launch in table.tables(lines, grouped=grouped):
-        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
+    starts = np.zeros(len(laid.leaves), np.int64) if starts is None else starts
+    places = dict(zip(laid.here, starts.tolist(), strict=True))
+    whole, kept = how.split(laid)
+    if how.kernels.whole and whole.leaves:
+        groups = np.array(whole.of(how.groups.base)) if how.kernels.grouped else None
+        lines = table.entries(whole, real=True, room=np.array([places[i] for i in whole.here]), groups=groups)
+        for some in table.tables(lines, grouped=how.kernels.grouped):
+            how.kernels.whole(how.kernels.whole.blocks(some["chunks"]), (some, *how.by, room))
+    if how.kernels.kept and kept.leaves:
+        for some in tiles.scaling(kept.leaves, tiles.runs_of(kept, how.groups), [places[i] for i in kept.here]):
+            how.kernels.kept(how.kernels.kept.blocks(some["tiles"]), (some, *how.by, room))
 
 
-def weigh(laid: Laid, kernel: Any, groups: Groups, by: Sequence[Any]) -> list[Array]:
+def weigh(laid: Laid, kernel: Kernel, groups: Groups, by: Sequence[Any]) -> list[Array]:
     """The weighted sums of these leaves; they share one allocation."""
     laid = laid.replaced({i: cupy.ascontiguousarray(laid.leaves[i]) for i in laid.loose})
     sums = [_without_first(x) for x in laid.leaves]
     starts, end = table.room_for(np.array([math.prod(shape) * dtype.itemsize for shape, dtype, _ in sums]))
     room = cupy.empty(end * ALIGNMENT, cupy.uint8)
-    lines = table.entries(laid, real=True, room=starts, runs=_runs(laid, groups, KEPT), cut=False)
-    for launch in table.tables(lines._replace(length=lines.length // lines.groups), grouped=KEPT, bits=8):
-        kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
+    for some in tiles.adding(laid.leaves, tiles.runs_of(laid, groups), starts.tolist()):
+        kernel(kernel.blocks(some["tiles"]), (some, *by, room))
     places = [room.data + start for start in (starts * ALIGNMENT).tolist()]
     return [cupy.ndarray(shape, dtype, at, strides) for (shape, dtype, strides), at in zip(sums, places, strict=True)]
-
-
-def _runs(laid: Laid, groups: Groups, grouped: int) -> table.Run | None:
-    """Where the groups of dense leaves are, by columns."""
-    if grouped == KEPT:
-        return table.Run(*np.array(table.runs_of(laid, groups), np.int64).T)
-    return table.Run(np.array(laid.of(groups.base))) if grouped else None
 
 
 def _without_first(leaf: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:

@@ -12,20 +12,16 @@ import numpy as np
 
 from gradclip._backends.cupy.laid import Laid
 from gradclip._backends.cupy.numbers import KINDS, REAL
-from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, KEPT, LEAVES, ONE, TURNS
+from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, LEAVES, ONE, TURNS
 from gradclip._dtypes import dtype_name, plain_name
 from gradclip._groups import Groups
-from gradclip._types import Array
 
 
 def _layout(grouped: int) -> Any:
     n = LEAVES[grouped]
-    index = "u4" if grouped == KEPT else "u2"
-    columns: list[Any] = [("from", "u8", n), *([("inner", "u8", n)] if grouped == KEPT else []), ("to", "u4", n)]
-    columns += [("group", "u4", n)] if grouped else []
-    columns += [("length", "u4", n)] if grouped == KEPT else []
-    columns += [("first", index, n), ("last", "u2", n), ("until", "u2", len(KINDS)), ("leaves", "u2"), ("bits", "u2")]
-    return np.dtype([*columns, ("chunks", index)], align=True)
+    columns: list[Any] = [("from", "u8", n), ("to", "u4", n), *([("group", "u4", n)] if grouped else [])]
+    columns += [("first", "u2", n), ("last", "u2", n), ("until", "u2", len(KINDS))]
+    return np.dtype([*columns, *((name, "u2") for name in ("leaves", "bits", "chunks"))], align=True)
 
 
 #: By what it says of groups.
@@ -35,35 +31,12 @@ TABLE = {grouped: _layout(grouped) for grouped in LEAVES}
 ROW = np.dtype([("bits", "u8", ENTRIES), ("what", "u4", ENTRIES)], align=True)
 FLIPS = np.dtype([("at", "u4", TURNS), ("n", "u4")], align=True)
 
-#: The elements of a chunk, as a power of two, where that does not make too many chunks: 4 passes of a block in float32.
-_CHUNK = 12
-#: No entry is longer where chunks are counted in 16 bits: with 2**16 elements a chunk, a full table has less of them.
-LONGEST = 2**24
+#: The bytes of a chunk, as a power of two, where that does not make too many chunks: one batch of loads for each thread.
+_CHUNK = 14
+#: The bytes of a line at most: so that a full table has less chunks than 16 bits count, each of 2**16 elements at most.
+LONGEST = 2**25
 
 _ORDER = tuple(KINDS)
-
-
-class Run(NamedTuple):
-    """Where the groups of a leaf are: `length` of them from `group` on, in turns, of `inner` elements side by side.
-
-    Or a column of each of these, for many leaves.
-    """
-
-    group: Any
-    length: Any = 1
-    inner: Any = 1
-
-
-def run_of(leaf: Array, keep: int | None, group: int) -> Run:
-    """That of a dense leaf which is not empty."""
-    if keep is None or leaf.shape[keep] == 1:
-        return Run(group, 1, leaf.size)
-    return Run(group, leaf.shape[keep], leaf.strides[keep] // leaf.itemsize)
-
-
-def runs_of(laid: Laid, groups: Groups) -> list[Run]:
-    """Where the groups of dense leaves are."""
-    return list(map(run_of, laid.leaves, laid.of(groups.keep), laid.of(groups.base)))
 
 
 class Lines(NamedTuple):
@@ -73,57 +46,54 @@ class Lines(NamedTuple):
     group: Any
     pointer: Any
     length: Any
+    itemsize: Any
     to: Any  # the key of its group, or where its output starts, in units of ALIGNMENT
-    groups: Any  # see `Run`
-    inner: Any
 
 
-def entries(
-    laid: Laid, *, real: bool, room: Any = None, runs: Run | None = None, count: int = 0, cut: bool = True
-) -> Lines:
+def entries(laid: Laid, *, real: bool, room: Any = None, groups: Any = None, count: int = 0) -> Lines:
     """The lines for dense leaves, sorted by kind and group.
 
-    `real`: complex leaves as real ones, twice as long. `room`: where their outputs start. `runs`: the groups of each.
-    `count`, of all groups: the lines have keys, see `sums.JOIN`. `cut`: into lines of at most LONGEST.
+    `real`: complex leaves as real ones, twice as long. `room`: where their outputs start. `groups`: that of each.
+    `count`, of all groups: the lines have keys, see `sums.JOIN`.
     """
     order = kinds(laid.distinct, real=real)
-    found = {dtype: _kind(plain_name(dtype), real, order) for dtype in laid.distinct}
-    known = np.array(list(found.values()), np.int64)
+    found = {dtype: kind_of(plain_name(dtype), real=real) for dtype in laid.distinct}
+    known = np.array([(kind, order.index(_ORDER[kind]), times) for kind, times in found.values()], np.int64)
     if len(found) > 1:
         row = {dtype: i for i, dtype in enumerate(found)}
         known = known[[row[dtype] for dtype in laid.dtypes]]
-    number, section, times = known.T
-    group, length, inner = runs or Run(0)
+    kind, section, times = known.T
+    group = 0 if groups is None else groups
     to = room if room is not None else section * count + group
     n = laid.sizes * times
-    lines = Lines(number, group, laid.pointers, n, to, length, inner * times)
+    lines = Lines(kind, group, laid.pointers, n, laid.itemsizes // times, to)
     lines = Lines(*(np.broadcast_to(np.asarray(x, np.uint64), n.shape) for x in lines))
-    if cut and n.max() > LONGEST:
-        lines = _cut(lines, np.broadcast_to(laid.itemsizes // times, n.shape), room is not None)
-    if len(found) > 1 or np.ndim(group):  # and by nothing else: sums do not depend on where memory is
+    if (lines.length * lines.itemsize).max() > LONGEST:
+        lines = _cut(lines, room is not None)
+    if len(found) > 1 or groups is not None:  # and by nothing else: sums do not depend on where memory is
         first = np.lexsort((lines.group, lines.kind))
         lines = Lines(*(x[first] for x in lines))
     return lines
 
 
-def _cut(lines: Lines, itemsizes: Any, moves: bool) -> Lines:
+def _cut(lines: Lines, moves: bool) -> Lines:
     """Lines of at most LONGEST. `moves`: `to` is a place, and goes along."""
-    parts = (lines.length.astype(np.int64) - 1) // LONGEST + 1
+    most = np.uint64(LONGEST) // lines.itemsize
+    parts = ((lines.length - 1) // most + 1).astype(np.int64)
     whose: Any = np.repeat(np.arange(len(parts)), parts)
-    nth = np.arange(len(whose)) - np.repeat(np.cumsum(parts) - parts, parts)
-    lines, skipped = Lines(*(x[whose] for x in lines)), (nth * LONGEST).astype(np.uint64)
-    beyond = skipped * itemsizes[whose].astype(np.uint64)
+    nth = (np.arange(len(whose)) - np.repeat(np.cumsum(parts) - parts, parts)).astype(np.uint64)
+    lines, most = Lines(*(x[whose] for x in lines)), most[whose]
     return lines._replace(
-        pointer=lines.pointer + beyond,
-        length=np.minimum(lines.length - skipped, np.uint64(LONGEST)),
-        to=lines.to + beyond // np.uint64(ALIGNMENT) if moves else lines.to,
+        pointer=lines.pointer + nth * np.uint64(LONGEST),
+        length=np.minimum(lines.length - nth * most, most),
+        to=lines.to + nth * np.uint64(LONGEST // ALIGNMENT) if moves else lines.to,
     )
 
 
-def _kind(name: str, real: bool, order: Sequence[str]) -> tuple[int, int, int]:
-    """The number of a kind, its place among those that are there, and how many numbers an element is."""
+def kind_of(name: str, *, real: bool) -> tuple[int, int]:
+    """The number of a dtype's kind, and how many numbers of it an element is."""
     kind = KINDS[name].component if real else name
-    return _ORDER.index(kind), order.index(kind), 1 + (kind != name)
+    return _ORDER.index(kind), 1 + (kind != name)
 
 
 def kinds(dtypes: Iterable[Any], *, real: bool) -> tuple[str, ...]:
@@ -132,25 +102,22 @@ def kinds(dtypes: Iterable[Any], *, real: bool) -> tuple[str, ...]:
     return tuple(name for name in _ORDER if name in names)
 
 
-def tables(lines: Lines, *, grouped: int = ONE, bits: int = _CHUNK) -> Iterator[Any]:
-    """One table for each launch. `grouped`: what they say of groups. `bits`: see _CHUNK."""
-    most = 2 ** (32 if grouped == KEPT else 16)
+def tables(lines: Lines, *, grouped: int = ONE) -> Iterator[Any]:
+    """One table for each launch. `grouped`: what they say of groups."""
     for begin in range(0, len(lines.kind), LEAVES[grouped]):
-        kind, group, pointer, length, to, groups, inner = (x[begin : begin + LEAVES[grouped]] for x in lines)
-        wide = bits
-        while (chunks := (length - 1 >> wide) + 1).sum() >= most:
-            wide += 1
+        kind, group, pointer, length, itemsize, to = (x[begin : begin + LEAVES[grouped]] for x in lines)
+        bits = _CHUNK
+        while (chunks := (length * itemsize - 1 >> bits) + 1).sum() >= 2**16:
+            bits += 1
         table: Any = np.zeros((), TABLE[grouped])
         n = len(kind)
         table["from"][:n], table["to"][:n] = pointer, to
         if grouped:
             table["group"][:n] = group
-        if grouped == KEPT:
-            table["length"][:n], table["inner"][:n] = groups, inner
         table["first"][:n] = np.cumsum(chunks) - chunks
-        table["last"][:n] = length - 1 & np.uint64(2**wide - 1)
+        table["last"][:n] = (length - 1) % (np.uint64(2**bits) // itemsize)
         table["until"] = until(kind)
-        table["leaves"], table["chunks"], table["bits"] = n, chunks.sum(), wide
+        table["leaves"], table["chunks"], table["bits"] = n, chunks.sum(), bits
         yield table
 
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gradclip._backends.cupy.laid import Laid
 from gradclip._backends.cupy.numbers import KINDS
-from gradclip._backends.cupy.table import Run, kind_of, until
+from gradclip._backends.cupy.table import kind_of, until
 from gradclip._backends.cupy.text import ALIGNMENT, THREADS, TILED
 from gradclip._dtypes import dtype_name
+from gradclip._groups import Groups
 from gradclip._types import Array
 
 TILES = np.dtype(
@@ -91,6 +93,25 @@ _TILE, _MOST = 2**17, 4096
 _ROWS = 2**31
 
 
+class Run(NamedTuple):
+    """Where the groups of a leaf are: `length` of them from `group` on, in turns, of `inner` elements side by side."""
+
+    group: int
+    length: int
+    inner: int
+
+
+def runs_of(laid: Laid, groups: Groups) -> list[Run]:
+    """Where the groups of dense leaves are."""
+    return list(map(_run, laid.leaves, laid.of(groups.keep), laid.of(groups.base)))
+
+
+def _run(leaf: Array, keep: int | None, group: int) -> Run:
+    if keep is None or leaf.shape[keep] == 1:
+        return Run(group, 1, leaf.size)
+    return Run(group, leaf.shape[keep], leaf.strides[keep] // leaf.itemsize)
+
+
 class Line(NamedTuple):
     """A leaf, or some rows of it."""
 
@@ -130,13 +151,13 @@ def measuring(leaves: Sequence[Array], runs: Sequence[Run], key: int, column: in
     return _tables(columns), end
 
 
-def scaling(leaves: Sequence[Array], runs: Sequence[Run], room: Sequence[int]) -> list[Any]:
+def scaling(leaves: Sequence[Array], runs: Sequence[Run], room: Any) -> list[Any]:
     """One table for each launch over dense leaves, complex ones as real ones. `room`: where their outputs start."""
     each = zip(leaves, runs, room, strict=True)
     return _tables(sorted((line for one in each for line in _lines(*one, real=True)), key=itemgetter(0)))
 
 
-def adding(leaves: Sequence[Array], runs: Sequence[Run], room: Sequence[int]) -> list[Any]:
+def adding(leaves: Sequence[Array], runs: Sequence[Run], room: Any) -> list[Any]:
     """The same where runs are added up: a tile is one element of the result for each thread of a block."""
     lines = []
     for leaf, run, start in zip(leaves, runs, room, strict=True):
