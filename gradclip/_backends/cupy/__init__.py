@@ -82,7 +82,7 @@ class CupyBackend(Backend):
             compiler.compiled(programs.settle(norm), "gradclip_settle", "--fmad=false")
             if join is None:
                 seen = (self.partial(leaves, norm, groups, ()),) if len(norm.ops) > 1 else ()
-                return (*seen, self._columns(leaves, norm, groups, seen))
+                return (*seen, self._columns(leaves, norm, groups, seen, single=not any(groups.wide)))
             self._compile_all(leaves, norm, groups)
         return super().partials(leaves, norm, groups, join)
 
@@ -91,7 +91,9 @@ class CupyBackend(Backend):
             return joined(self._columns(leaves, norm, groups, seen), norm, len(seen), groups.count)
         return super().partial(leaves, norm, groups, seen)
 
-    def _columns(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Columns:
+    def _columns(
+        self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen, single: bool = False
+    ) -> Columns:
         """What leaves contribute to one pass, on the first one's device.
 
         Those that are not in one piece are copied, some at a time: each time gives a partial, as each device does.
@@ -100,7 +102,7 @@ class CupyBackend(Backend):
         parts = [some for part in laid_out(leaves).parts for some in part.by_copies()]
         for part in parts:
             with cupy.cuda.Device(part.device):
-                columns = measured(part, norm, groups, list(map(_here, seen)))
+                columns = measured(part, norm, groups, list(map(_here, seen)), single)
                 if len(parts) == 1 and part.device == home.id:
                     return columns
                 found.append(move(joined(columns, norm, len(seen), groups.count), home))

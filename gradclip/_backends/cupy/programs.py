@@ -77,22 +77,29 @@ def _choice(kinds: tuple[str, ...], run: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def measure(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
-    """The kernel of one pass of a norm over leaves of these kinds: it writes partials as columns."""
+def measure(norm: Norm, step: int, kinds: tuple[str, ...], quick: bool = False) -> str:
+    """The kernel of one pass of a norm over leaves of these kinds: it writes partials as columns.
+
+    `quick`: a sum may be as exact as float32, not double: see `sums.CONTRIBUTE`.
+    """
     run = (
         "const unsigned n = " + text.LENGTH + "; gather_{1}((const {0}*)source, n, threadIdx.x ? 0.0 : n, s, c, peak, "
     )
     run += "seen + t.to[low] % groups, groups);"
     flush = sums.FLUSH % {**_joining(norm, step), "choice": _choice(kinds, run), "peak": _peak(norm, step)}
-    body = {"gather": _gathers(norm, step, kinds), "chunks": _chunks(flush)}
+    body = {"gather": _gathers(norm, step, kinds, quick), "chunks": _chunks(flush)}
     return _HEAD + _table(ONE) + _sums(norm, step) + sums.MEASURE % {**_joining(norm, step), **body}
 
 
 @lru_cache(maxsize=256)
-def spread(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
+def spread(norm: Norm, step: int, kinds: tuple[str, ...], quick: bool = False) -> str:
     """The same over leaves of which an axis is kept."""
     run = "gather_{1}((const {0}*)t.from[low] + area.skipped, area, n, s, c, peak, seen + key % groups, groups);"
-    body = {"gather": _gathers(norm, step, kinds), "find": text.FIND % {"piece": "tile"}, "peak": _peak(norm, step)}
+    body = {
+        "gather": _gathers(norm, step, kinds, quick),
+        "find": text.FIND % {"piece": "tile"},
+        "peak": _peak(norm, step),
+    }
     body |= {"choice": _choice(kinds, run)}
     return _HEAD + _area() + _sums(norm, step) + sums.SPREAD % {**_joining(norm, step), **body}
 
@@ -101,20 +108,22 @@ def _sums(norm: Norm, step: int) -> str:
     return sums.JOINING % _joining(norm, step)
 
 
-def _gathers(norm: Norm, step: int, kinds: tuple[str, ...]) -> str:
+def _gathers(norm: Norm, step: int, kinds: tuple[str, ...], quick: bool) -> str:
     """For each kind a function that adds the elements of one chunk, or of one tile, to a partial."""
-    ways = {kind: _way(norm, step, kind) for kind in kinds}
-    before = _contribute(norm) if "sum" in ways.values() and isinstance(norm, SumNorm) else ""
+    ways = {kind: _way(norm, step, kind, quick) for kind in kinds}
+    before = _contribute(norm) if isinstance(norm, SumNorm) and not {"quick", "bins"}.isdisjoint(ways.values()) else ""
     before += sums.HIGHEST if "max" in ways.values() else ""
     return before + "".join(_gather(norm, step, kind, way) for kind, way in ways.items())
 
 
-def _way(norm: Norm, step: int, kind: str) -> str:
-    """How: as sums of a few numbers, as the largest magnitude, or each element by the norm's formulas in double."""
-    names = _parts(kind)
-    if isinstance(norm, SumNorm) and len(norm.apart(names)) == len(names):
-        return "sum"
-    return "max" if norm.ops[step] == "max" and len(names) == 1 else "each"
+def _way(norm: Norm, step: int, kind: str, quick: bool) -> str:
+    """How: a few numbers at a time, the largest magnitude first, or each element by the norm's formulas in double."""
+    names, wide = _parts(kind), KINDS[kind].component == "float64"
+    if isinstance(norm, SumNorm) and len(norm.apart(names)) == len(names) and (wide or quick):
+        return "bins" if wide else "quick"
+    if norm.ops[step] == "max" and len(names) == 1:
+        return "max"
+    return "plain" if isinstance(norm, SumNorm) else "each"
 
 
 def _parts(kind: str) -> tuple[Expression, ...]:
@@ -153,15 +162,19 @@ def _gather(norm: Norm, step: int, kind: str, way: str) -> str:
     each = {k: term for k, term in enumerate(terms) if isinstance(term, Expression)}
     alike = {k: term for k, term in enumerate(terms) if k not in each and term}
     lines = [f"merge(s[{k}], c[{k}], {xp.number(term).form} * elements, 0.0);" for k, term in alike.items()]
-    if way == "sum":
+    if way in ("quick", "bins"):
         lines += ["each<4>(p, n, [&](const auto& x) { contribute(x, s, c); });"]
     elif way == "max":
         lines += ["peak = larger(peak, highest(p, n));"]
     else:
         names = ("",) if len(parts) == 1 else (".re", ".im")
-        read = [f"const double {part.form} = widen(x.of[0]{name});" for part, name in zip(parts, names, strict=True)]
-        ends = [f"merge(s[{k}], c[{k}], {printed.name(term)}, 0.0);" for k, term in each.items()]
-        lines += [*printed.once, "each<0>(p, n, [&](const auto& x) {", *read, *printed.each, *ends, "});"]
+        read = [f"const double {part.form} = widen(x.of[j]{name});" for part, name in zip(parts, names, strict=True)]
+        join = "s[{0}] += {1};" if way == "plain" else "merge(s[{0}], c[{0}], {1}, 0.0);"
+        ends = [join.format(k, printed.name(term)) for k, term in each.items()]
+        batch = 4 if way == "plain" else 0  # a long formula is there once
+        loop = [f"each<{batch}>(p, n, [&](const auto& x) {{", "#pragma unroll"]
+        loop += ["for (unsigned j = 0; j < sizeof(x) / sizeof(*p); j++) {"]
+        lines += [*printed.once, *loop, *read, *printed.each, *ends, "}});"]
     inside = "\n    ".join(lines)
     return f"""
 template <class N> __device__ __forceinline__ void gather_{kind}(
@@ -261,8 +274,10 @@ def scale_spread(kinds: tuple[str, ...]) -> str:
 
 
 def _factor() -> str:
-    least, most = (xp.number(x).form for x in _QUICK)
-    return text.FACTOR % {"least": least, "most": most}
+    up = 2.0**100
+    numbers = {"up": up, "down": 1 / up, "normal": 2.0**-126 * up}
+    numbers |= {"least": _QUICK[0], "most": _QUICK[1]}
+    return text.FACTOR % {name: xp.number(x).form for name, x in numbers.items()}
 
 
 @lru_cache(maxsize=256)

@@ -46,9 +46,9 @@ MERGE = {
     "min": "s = smaller(s, x);",
 }
 
-# What a few elements add to a sum. They are added up in their own precision, and for all but doubles only their sum
-# becomes one: most GPUs have few units for doubles. A sum outside the range that is safe, where it may have lost bits or
-# overflowed, or may yet in a bin, is made again of elements that a power of two has brought nearer to 1.
+# What a few elements add to a sum. They are added up in their own precision, and of narrow ones only the sum becomes a
+# double, for most GPUs have few units for doubles. A sum outside the range that is safe, where it may have lost bits or
+# overflowed, or may yet do so in a bin, is made again of elements that a power of two has brought nearer to 1.
 CONTRIBUTE = """
 template <class R> __device__ __forceinline__ R term(R x) {
     %(term)s

@@ -31,7 +31,7 @@ TABLE = {grouped: _layout(grouped) for grouped in LEAVES}
 ROW = np.dtype([("bits", "u8", ENTRIES), ("what", "u4", ENTRIES)], align=True)
 FLIPS = np.dtype([("at", "u4", TURNS), ("n", "u4")], align=True)
 
-#: The bytes of a chunk, as a power of two, where that does not make too many chunks: one batch of loads for each thread.
+#: The bytes of a chunk, as a power of two, where that does not make too many chunks: a batch of loads for each thread.
 _CHUNK = 14
 #: The bytes of a line at most: so that a full table has less chunks than 16 bits count, each of 2**16 elements at most.
 LONGEST = 2**25

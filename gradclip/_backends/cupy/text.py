@@ -179,8 +179,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_row(
 }
 """
 
-# `x * shift * factor * shift`. A factor is quick where it is a normal float and so are its first 48 bits as a sum of two:
-# with these, and one rounding at the end, a product is as good as in double, for which most GPUs have few units.
+# `x * shift * factor * shift`. A factor is quick where its first 48 bits are the sum of two normal floats: with these, and
+# one rounding at the end, a product is as good as in double, for which most GPUs have few units.
 FACTOR = """
 struct Factor { double factor, shift; float high, low; bool keep, quick; };
 __device__ __forceinline__ Factor factor_of(double factor, double shift) {
@@ -195,12 +195,29 @@ __device__ __forceinline__ float scaled(float x, const Factor& f) {
     const float rest = times(x, f.low);
     return plus_times(rest == rest ? rest : 0.0f, x, f.high);  // infinity has no rest
 }
-__device__ __forceinline__ double scaled(double x, const Factor& f) { return x * f.factor; }
+// The same where x * f.low may be subnormal. A subnormal result has the bits of a whole number, so many times 2**-149. Added to 12,
+// 2**100 times as much is rounded to that; and no conversion is needed, for those are as slow as doubles.
+__device__ __forceinline__ float scaled_to_little(float x, const Factor& f) {
+    const float y = times(x, %(up)sf), sum = plus_times(times(y, f.low), y, f.high);
+    if (fabs(sum) >= %(normal)sf) return times(sum, %(down)sf);
+    const u64 size = ((u64)(__float_as_uint(y) & 0x7fffffffu) << 29) + (896ull << 52);
+    const double product = __dadd_rn(__dmul_rn(__longlong_as_double((long long)size), f.factor), 12.0);
+    return __uint_as_float((__float_as_uint(x) & 0x80000000u) | (unsigned)__double_as_longlong(product));
+}
+template <class T> __device__ __forceinline__ void scale_one(T& x, const Factor& f) {
+    narrow(scaled(value(x), f), x);
+}
+__device__ __forceinline__ void scale_one(Single& x, const Factor& f) {
+    float to = scaled(value(x), f);
+    if ((__float_as_uint(to) & 0x7fffffffu) < 0x0d800000u && x.bits << 1) to = scaled_to_little(value(x), f);
+    narrow(to, x);
+}
+__device__ __forceinline__ void scale_one(Double& x, const Factor& f) { narrow(value(x) * f.factor, x); }
 template <class T, class N> __device__ __forceinline__ void scale(const T* p, T* to, N n, const Factor& f) {
     if (f.keep && p == to) return;
     if (f.quick) visit<true, 4>(p, to, n, [&](auto& x) {
         #pragma unroll
-        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++) if (!f.keep) narrow(scaled(value(x.of[j]), f), x.of[j]);
+        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++) if (!f.keep) scale_one(x.of[j], f);
     });
     else visit<true, 0>(p, to, n, [&](auto& x) {
         narrow(f.factor == 0 ? 0.0 : widen(x.of[0]) * f.shift * f.factor * f.shift, x.of[0]);
