@@ -24,12 +24,14 @@ __device__ __forceinline__ void across(double* s, double* c, unsigned high, unsi
     for (int k = 0; k < %(slots)d; k++) {
         sums[me] = s[k], rests[me] = c[k];
         __syncthreads();
+        #pragma unroll 1
         for (unsigned half = THREADS / 2; half; half /= 2) {
             if (half >= high) continue;
             const unsigned other = me + half * wide;
             if (y < half && y + half < high) merge(sums[me], rests[me], sums[other], rests[other]);
             __syncthreads();
         }
+        #pragma unroll 1
         for (unsigned half = THREADS / 2; half; half /= 2) {
             if (half >= length) continue;
             if (!y && x < half && x + half < length) merge(sums[me], rests[me], sums[me + half], rests[me + half]);
@@ -76,13 +78,17 @@ template <unsigned n> __device__ __forceinline__ void contribute(float (&x)[n], 
 }
 template <unsigned n> __device__ __forceinline__ void contribute(double (&x)[n], double* s, double* c) {
     double sum = sum_of(x);
-    if (sum >= %(least_double)s && sum <= %(most_double)s) {
+    bool is_zero = true;
+    #pragma unroll
+    for (unsigned j = 0; j < n; j++) is_zero = is_zero && !((u64)__double_as_longlong(x[j]) << 1);
+    if (is_zero || (sum >= %(least_double)s && sum <= %(most_double)s)) {
         add(s[1], c[1], sum);
         return;
     }
     const bool is_small = sum < 1.0;
-    sum = scaled_sum_of(x, is_small ? %(step_double)s : 1.0 / %(step_double)s);
-    if (is_small) add(s[0], c[0], sum); else add(s[2], c[2], sum);
+    double bin = is_small ? s[0] : s[2], rest = is_small ? c[0] : c[2];
+    add(bin, rest, scaled_sum_of(x, is_small ? %(step_double)s : 1.0 / %(step_double)s));
+    if (is_small) s[0] = bin, c[0] = rest; else s[2] = bin, c[2] = rest;
 }
 template <class T, unsigned n> __device__ __forceinline__ void contribute(const Some<T, n>& e, double* s, double* c) {
     decltype(value(T())) x[n];
@@ -103,12 +109,13 @@ template <class R, unsigned n> __device__ __forceinline__ void contribute(
 # The largest magnitude of real elements, found as whole numbers.
 HIGHEST = """
 template <class T, class N> __device__ __forceinline__ double highest(const T* p, const N& n) {
-    T highest = T();
+    decltype(size_bits(T())) most = 0;
     each<4>(p, n, [&](const auto& x) {
         #pragma unroll
-        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++)
-            highest.bits = size_bits(x.of[j]) > highest.bits ? size_bits(x.of[j]) : highest.bits;
+        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++) most = size_bits(x.of[j]) > most ? size_bits(x.of[j]) : most;
     });
+    T highest;
+    highest.bits = most;
     return widen(highest);
 }
 """

@@ -282,18 +282,21 @@ __device__ __forceinline__ double normal(double x, Double) { return fabs(x) < %(
 template <class T, class R> __device__ __forceinline__ void weigh(
     const T* from, R* to, u64 at, u64 inner, unsigned length, const double* factors, const double* shifts
 ) {
+    const u64 ONE = 0x3ff0000000000000ull;  // numbers are compared as whole ones: units for doubles are few
     const T* p = from + at + at / inner * inner * (length - 1);
     double sum = 0.0;
     for (unsigned k = 0; k < length; k += 8) {
-        T x[8];
+        T of[8];
         #pragma unroll
-        for (unsigned j = 0; j < 8; j++) x[j] = k + j < length ? p[(k + j) * inner] : T();
+        for (unsigned j = 0; j < 8; j++) of[j] = k + j < length ? p[(k + j) * inner] : T();
         #pragma unroll
         for (unsigned j = 0; j < 8; j++) {
-            const double factor = k + j < length ? factors[k + j] : 0.0;
-            const double shift = shifts && k + j < length ? shifts[k + j] : 1.0;
-            if (factor == 0) continue;
-            sum += shift == 1 ? widen(x[j]) * factor : widen(x[j]) * shift * factor * shift;
+            const u64 factor = k + j < length ? __double_as_longlong(factors[k + j]) : 0;
+            const u64 shift = shifts && factor ? __double_as_longlong(shifts[k + j]) : ONE;
+            if (!(factor << 1)) continue;  // whatever the element is
+            double x = widen(of[j]), by = __longlong_as_double((long long)factor);
+            if (shift != ONE) x = x * __longlong_as_double((long long)shift) * by, by = __longlong_as_double((long long)shift);
+            sum += x * by;
         }
     }
     narrow(normal(sum, R()), to[at]);
