@@ -51,6 +51,10 @@ class Laid:
 
     def __init__(self, leaves: Sequence[Array], device: int, here: Sequence[int], whole: bool = False) -> None:
         self.leaves, self.device, self.here, self._whole = leaves, device, here, whole
+        self.dtypes = [x.dtype for x in leaves]
+        self.distinct = frozenset(self.dtypes)
+        self.sizes: Any = np.array([x.size for x in leaves], np.int64)
+        self.pointers: Any = np.array([x.data.ptr for x in leaves], np.uint64)
 
     def of(self, values: Sequence[T]) -> Sequence[T]:
         """Of values of all leaves of the call, those of these."""
@@ -70,19 +74,6 @@ class Laid:
         return Laid(leaves, self.device, self.here, self._whole)
 
     @cached_property
-    def dtypes(self) -> list[Any]:
-        return [x.dtype for x in self.leaves]
-
-    @cached_property
-    def distinct(self) -> set[Any]:
-        """The dtypes that there are."""
-        return set(self.dtypes)
-
-    @cached_property
-    def sizes(self) -> Any:
-        return np.array([x.size for x in self.leaves], np.int64)
-
-    @cached_property
     def itemsizes(self) -> Any:
         """That of each, or of all."""
         if len(self.distinct) == 1:
@@ -92,10 +83,6 @@ class Laid:
     @property
     def nbytes(self) -> Any:
         return self.sizes * self.itemsizes
-
-    @cached_property
-    def pointers(self) -> Any:
-        return np.array([x.data.ptr for x in self.leaves], np.uint64)
 
     @cached_property
     def ordered(self) -> list[bool]:

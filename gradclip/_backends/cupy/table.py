@@ -5,7 +5,8 @@ So no copy to the device is needed, and nothing waits. `TABLE` is the `Table` of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,21 +87,17 @@ def entries(
     `real`: complex leaves as real ones, twice as long. `room`: where their outputs start. `runs`: the groups of each.
     `count`, of all groups: the lines have keys, see `sums.JOIN`. `cut`: into lines of at most LONGEST.
     """
-    order = kinds(laid.distinct, real=real)
-    found = {dtype: _kind(plain_name(dtype), real, order) for dtype in laid.distinct}
-    known = np.array(list(found.values()), np.int64)
-    if len(found) > 1:
-        row = {dtype: i for i, dtype in enumerate(found)}
-        known = known[[row[dtype] for dtype in laid.dtypes]]
-    number, section, times = known.T
+    number, section, times = _numbers(laid, real)
     group, length, inner = runs or Run(0)
     to = room if room is not None else section * count + group
     n = laid.sizes * times
-    lines = Lines(number, group, laid.pointers, n, to, length, inner * times)
-    lines = Lines(*(np.broadcast_to(np.asarray(x, np.uint64), n.shape) for x in lines))
+    columns: Any = np.empty((len(Lines._fields), n.size), np.uint64)
+    for column, given in zip(columns, (number, group, laid.pointers, n, to, length, inner * times), strict=True):
+        column[:] = given
+    lines = Lines(*columns)
     if cut and n.max() > LONGEST:
         lines = _cut(lines, np.broadcast_to(laid.itemsizes // times, n.shape), room is not None)
-    if len(found) > 1 or np.ndim(group):  # and by nothing else: sums do not depend on where memory is
+    if len(laid.distinct) > 1 or runs is not None:  # and by nothing else: sums do not depend on where memory is
         first = np.lexsort((lines.group, lines.kind))
         lines = Lines(*(x[first] for x in lines))
     return lines
@@ -120,13 +117,29 @@ def _cut(lines: Lines, itemsizes: Any, moves: bool) -> Lines:
     )
 
 
-def _kind(name: str, real: bool, order: Sequence[str]) -> tuple[int, int, int]:
-    """The number of a kind, its place among those that are there, and how many numbers an element is."""
-    kind = KINDS[name].component if real else name
-    return _ORDER.index(kind), order.index(kind), 1 + (kind != name)
+def _numbers(laid: Laid, real: bool) -> Any:
+    """Of each leaf, or of all, the number of its kind, its place among those that are there, and how many numbers an
+    element is.
+    """
+    known = _known(laid.distinct, real)
+    if len(known) == 1:
+        return known[laid.dtypes[0]]
+    row = {dtype: i for i, dtype in enumerate(known)}
+    return np.array(list(known.values()), np.int64)[[row[dtype] for dtype in laid.dtypes]].T
 
 
-def kinds(dtypes: Iterable[Any], *, real: bool) -> tuple[str, ...]:
+@lru_cache
+def _known(dtypes: frozenset[Any], real: bool) -> dict[Any, tuple[int, int, int]]:
+    order, found = kinds(dtypes, real=real), {}
+    for dtype in dtypes:
+        name = plain_name(dtype)
+        kind = KINDS[name].component if real else name
+        found[dtype] = _ORDER.index(kind), order.index(kind), 1 + (kind != name)
+    return found
+
+
+@lru_cache
+def kinds(dtypes: frozenset[Any], *, real: bool) -> tuple[str, ...]:
     """The names of the kinds of leaves of these dtypes, in the order of the table."""
     names = {KINDS[name].component if real else name for name in map(plain_name, dtypes)}
     return tuple(name for name in _ORDER if name in names)
