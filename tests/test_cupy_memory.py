@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from devices import host
 pytestmark = marks
 
 #: What a call takes beside: factors, norms, columns of one launch.
-FEW = 2**16
+FEW = 2**13
 
 
 class Counted:
@@ -48,7 +47,7 @@ def ramp(n: int, name: str = "float32") -> np.ndarray:
     return (np.arange(n) % 251 - 125).astype(name)
 
 
-MANY = 2**18  # elements of a leaf that must not be copied: 1 MiB of float32
+MANY = 2**14  # elements of a leaf that must not be copied: 64 KiB of float32
 
 
 @pytest.mark.parametrize("per", [None, "leaf"])
@@ -56,12 +55,14 @@ def test_outputs_come_in_pieces(monkeypatch: pytest.MonkeyPatch, per: Any) -> No
     monkeypatch.setattr(laid, "PIECE", 2**14)
     values = [ramp(n) for n in (1000, 2000, 1000, 300, 9000, 5, 0, 7, 4000, 96, 1)]
     leaves = [cupy.array(x) for x in values]
-    (out, norm), counts = counted(lambda: gradclip.clip_grad_norm(leaves, 2.0, per=per))
-    rooms = [[x for x in same] for _, same in itertools.groupby(out, lambda x: x.data.mem.ptr)]
-    # 4,000, 8,000, 4,000 | 1,200 | 36,000, more than a piece | 20, 0, 28 | 16,000, 384 | 4 bytes
-    assert [len(same) for same in rooms if same[0].size] == [3, 1, 1, 1, 1, 2, 1]
-    assert max(counts.sizes) == 36_096  # whole units of 256 bytes
-    assert sorted(counts.sizes)[-2] <= 2**14 + 3 * 256
+    (out, _), counts = counted(lambda: gradclip.clip_grad_norm(leaves, 2.0, per=per))
+    rooms: dict[int, list[int]] = {}
+    for i, x in enumerate(out):
+        if x.size:
+            rooms.setdefault(x.data.mem.ptr, []).append(i)
+    assert list(rooms.values()) == [[0, 1, 2], [3], [4], [5, 7], [8], [9, 10]]
+    # In whole units of 256 bytes, those of 1,000, 2,000 and 1,000 elements fill a piece; 9,000 have one of their own.
+    assert sorted(counts.sizes)[-3:] == [16_128, 2**14, 36_096]
     wants = [exact.norm(values)] * len(values) if per is None else [exact.norm([x]) for x in values]
     for got, x, want in zip(out, values, wants, strict=True):
         check_right(host(got), x, 2 / want if want > 2 else mpmath.mpf(1))
@@ -91,21 +92,22 @@ def test_one_strided_leaf_is_the_only_one_that_is_copied() -> None:
 @pytest.mark.parametrize("per", [None, "leaf", "unit"])
 def test_strided_leaves_are_copied_one_after_the_other(monkeypatch: pytest.MonkeyPatch, per: Any) -> None:
     monkeypatch.setattr(laid, "HELD", 2**10)  # each is more than that
-    values = [ramp(MANY // 4).reshape(-1, 64) for _ in range(8)]
+    values = [ramp(MANY).reshape(-1, 64) for _ in range(8)]
     one = values[0].nbytes
+    few = one if per == "unit" else FEW  # norms of 512 units, and their partials
     leaves = []
     for x in values:
         leaves.append(cupy.zeros((len(x), 128), cupy.float32)[:, ::2])
         leaves[-1][...] = cupy.array(x)
     norm, counts = counted(lambda: gradclip.norms(leaves, per=per))
     assert counts.total >= 8 * one
-    assert counts.most <= one + 2 * FEW
+    assert counts.most <= one + few
     want = gradclip.norms(values, per=per)
     for got, right in zip([norm] if per is None else norm, [want] if per is None else want, strict=True):
         np.testing.assert_allclose(host(got), right, rtol=1e-6)
     _, counts = counted(lambda: gradclip.clip_grad_norm_(leaves, 1.0, per=per))
     assert counts.total >= 16 * one
-    assert counts.most <= one + 3 * FEW
+    assert counts.most <= one + few
     for got, x in zip(leaves, gradclip.clip_grad_norm(values, 1.0, per=per).grads, strict=True):
         np.testing.assert_allclose(host(got), x, rtol=1e-6)
 
@@ -113,11 +115,11 @@ def test_strided_leaves_are_copied_one_after_the_other(monkeypatch: pytest.Monke
 def test_examples_of_strided_leaves_are_copied_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laid, "HELD", 2**10)
     monkeypatch.setattr(laid, "PIECE", 2**9)
-    values = [ramp(MANY // 4).reshape(512, -1) for _ in range(6)]
+    values = [ramp(MANY).reshape(64, -1) for _ in range(6)]
     one = values[0].nbytes
     leaves = []
     for x in values:
-        leaves.append(cupy.zeros((512, 256), cupy.float32)[:, ::2])
+        leaves.append(cupy.zeros((64, 512), cupy.float32)[:, ::2])
         leaves[-1][...] = cupy.array(x)
     (sums, norm), counts = counted(lambda: gradclip.clipped_sum(leaves, 1.0))
     assert counts.total >= 12 * one  # measured, and added up

@@ -89,8 +89,8 @@ class CupyBackend(Backend):
 
         Those that are not in one piece are copied, some at a time: each time gives a partial, as each device does.
         """
-        home, found = cupy.cuda.Device(), []
-        parts = [some for part in laid_out(leaves).parts for some in part.by_copies()]
+        home, found, devices = cupy.cuda.Device(), [], laid_out(leaves).parts
+        parts = [some for part in devices for some in part.by_copies()]
         for part in parts:
             with cupy.cuda.Device(part.device):
                 columns = measured(part, norm, groups, list(map(_here, seen)))
@@ -98,6 +98,8 @@ class CupyBackend(Backend):
                     return columns
                 found.append(move(joined(columns, norm, len(seen), groups.count), home))
                 del columns
+            if len(found) > len(devices):  # not all partials are held either
+                found = [joined(Columns(cupy.concatenate(found, axis=1)), norm, len(seen), groups.count)]
         return Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
 
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gradclip._backends.cupy.text import ALIGNMENT
 from gradclip._types import Array
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ class Laid:
 
     def by_outputs(self, sizes: Any) -> Sequence[Laid]:
         """These, as several parts where their outputs take more than PIECE."""
-        return self._cut(sizes, PIECE)
+        return self._cut(-(-sizes // ALIGNMENT) * ALIGNMENT, PIECE)
 
     def _cut(self, sizes: Any, most: int) -> Sequence[Laid]:
         if sizes.sum() <= most:
