@@ -161,9 +161,12 @@ def grouped(flat: Flat, per: Per) -> Grouped:
             f"(key path, leaf) -> label, got {per!r}"
         )
     if isinstance(per, str | Units):
-        axes = (None,) * n if per == "leaf" else _kept(flat, per.axis if isinstance(per, Units) else -1)
-        shapes = tuple(map(_shape, leaves, axes))
-        keep = tuple(None if math.prod(shape) == 1 else axis for axis, shape in zip(axes, shapes, strict=True))
+        keep: tuple[int | None, ...] = (None,) * n
+        shapes: tuple[tuple[int, ...], ...] = ((),) * n
+        if per != "leaf":
+            axes = _kept(flat, per.axis if isinstance(per, Units) else -1)
+            shapes = tuple(map(_shape, leaves, axes))
+            keep = tuple(None if math.prod(shape) == 1 else axis for axis, shape in zip(axes, shapes, strict=True))
         return Grouped(flat, _made(tuple(range(n)), keep, shapes, _wide(leaves, range(n), n, is_wide)), by_leaf=True)
     found = _labels(flat, per)
     flat = flat.only([i for i, label in enumerate(found) if label is not None])
@@ -178,7 +181,9 @@ _made = lru_cache(Groups)
 
 
 def _wide(leaves: Sequence[Array], block: Iterable[int], count: int, is_any: bool) -> tuple[bool, ...]:
-    has_wide = {k for k, x in zip(block, leaves, strict=True) if _is_wide(x)} if is_any else ()
+    if not is_any:
+        return (False,) * count
+    has_wide = {k for k, x in zip(block, leaves, strict=True) if _is_wide(x)}
     return tuple(k in has_wide for k in range(count))
 
 

@@ -164,15 +164,14 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
     assert table.TABLE[grouped].itemsize + 9 * 8 <= 4096  # and the other parameters
     most = table.LONGEST
     lengths = [most, 1, most - 5, most // 4 + 3, most, 65536, 4096, most, 7] + [2**20 + 1] * 600 + [most] * 600
-    entry = table.Entry
     if grouped == KEPT:  # such leaves are not cut
         lengths += [2**34 + 3, 2**31]
     lines = sorted(
-        entry(i % 3, *((i % 7 if grouped else 0), 4096 * i, n, i), *((i % 5 + 1, 2**33 + i) if grouped == KEPT else ()))
+        (i % 3, i % 7 if grouped else 0, 4096 * i, n, i, *((i % 5 + 1, 2**33 + i) if grouped == KEPT else (1, 1)))
         for i, n in enumerate(lengths)
     )
     held = []
-    for one in table.tables(lines, grouped=grouped):
+    for one in table.tables(table.Lines(*np.array(lines, np.uint64).T), grouped=grouped):
         n, bits = int(one["leaves"]), int(one["bits"])
         assert n <= LEAVES[grouped]
         ends = [*one["first"][1:n].tolist(), int(one["chunks"])]
@@ -181,8 +180,8 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
             kind = int(np.searchsorted(one["until"], i, side="right"))
             length = (chunks - 1) * 2**bits + int(one["last"][i]) + 1
             group = int(one["group"][i]) if grouped else 0
-            kept = (int(one["length"][i]), int(one["inner"][i])) if grouped == KEPT else ()
-            held.append(entry(kind, group, int(one["from"][i]), length, int(one["to"][i]), *kept))
+            kept = (int(one["length"][i]), int(one["inner"][i])) if grouped == KEPT else (1, 1)
+            held.append((kind, group, int(one["from"][i]), length, int(one["to"][i]), *kept))
     assert held == lines
 
 

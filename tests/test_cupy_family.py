@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_cupy import counter, host, two_devices  # noqa: F401
 from test_cupy_groups import SPOILS
-from test_cupy_kernels import DTYPES, INF, backend, check_right, compiler, cupy, drawn, laid_out, marks, table
+from test_cupy_kernels import DTYPES, INF, backend, check_right, compiler, cupy, drawn, laid, laid_out, marks, table
 
 import exact
 import gradclip
@@ -38,7 +38,7 @@ def placed(rng: np.random.Generator, values: list[np.ndarray], devices: int = 1)
 def copied(x: Any) -> Any:
     """Where it is, and as the kernels would have it."""
     with x.device:
-        return x.copy(order="K" if table.is_dense(x) else "C")
+        return x.copy(order="K" if laid.is_dense(x) else "C")
 
 
 def check_same(got: Any, want: Any, what: Any = None) -> None:

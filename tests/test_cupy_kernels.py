@@ -31,6 +31,7 @@ here = "cupy" not in MISSING
 cupy: Any = importlib.import_module("cupy") if here else None
 backend: Any = importlib.import_module("gradclip._backends.cupy") if here else None
 compiler: Any = importlib.import_module("gradclip._backends.cupy.compiler") if here else None
+laid: Any = importlib.import_module("gradclip._backends.cupy.laid") if here else None
 table: Any = importlib.import_module("gradclip._backends.cupy.table") if here else None
 programs: Any = importlib.import_module("gradclip._backends.cupy.programs") if here else None
 text: Any = importlib.import_module("gradclip._backends.cupy.text") if here else None

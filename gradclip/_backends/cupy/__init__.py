@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 from typing import Any
 
 import array_api_compat.cupy as xp
@@ -98,8 +99,8 @@ class CupyBackend(Backend):
 
         Those that are not in one piece are copied, some at a time: each time gives a partial, as each device does.
         """
-        home, found = cupy.cuda.Device(), []
-        parts = [some for part in laid_out(leaves).parts for some in part.by_copies()]
+        home, found, devices = cupy.cuda.Device(), [], laid_out(leaves).parts
+        parts = [some for part in devices for some in part.by_copies()]
         for part in parts:
             with cupy.cuda.Device(part.device):
                 columns = measured(part, norm, groups, list(map(_here, seen)), single)
@@ -107,6 +108,8 @@ class CupyBackend(Backend):
                     return columns
                 found.append(move(joined(columns, norm, len(seen), groups.count), home))
                 del columns
+            if len(found) > len(devices):  # not all partials are held either
+                found = [joined(Columns(cupy.concatenate(found, axis=1)), norm, len(seen), groups.count)]
         return Columns(cupy.concatenate(found, axis=1) if found else cupy.empty((norm.slots[len(seen)], 0)))
 
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
@@ -148,13 +151,14 @@ class CupyBackend(Backend):
         given = *argument(bounds.max_norm), *argument(bounds.divide_by or one), *argument(bounds.unit or one)
         given += (*_found(norm, partials), np.bool_(relative)) if partials else argument(bounds.norm)
         rows, finite = cupy.empty((3, n), cupy.float64), cupy.empty((2, n), cupy.bool_)
-        flips = table.flips(groups)
+        flips, dtypes, places = _reports(groups)
         for i in range(0, len(flips), TURNS):
             begin, end = flips[i], [*flips, n][min(i + TURNS, len(flips))]
             what = table.turns(flips[i : i + TURNS]), np.uint32(begin), np.uint32(n), np.bool_(nonfinite == "zero")
             if begin < end:
                 kernel(end - begin, (rows, finite, *what, *given), threads(n))
-        return Verdict(_reported(rows, flips, groups), Factors(rows[1], rows[2]), finite[0], finite[1])
+        norms = list(map(cupy.ndarray, groups.shapes, dtypes, [rows.data + place for place in places]))
+        return Verdict(norms, Factors(rows[1], rows[2]), finite[0], finite[1])
 
     # -- clipping ------------------------------------------------------------------------------------------
 
@@ -170,11 +174,11 @@ class CupyBackend(Backend):
         except NotCompiled:
             return super().scale(leaves, factors, groups, in_place)
         out: list[Array] = list(leaves)
-        for part, mine in zip(parts, kernels, strict=True):
+        for part, (kernel, grouped) in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
-                how = Scaling(mine, groups, [NULL if x is None else _here(x) for x in factors])
+                how = Scaling(kernel, grouped, groups, [NULL if x is None else _here(x) for x in factors])
                 if in_place:
-                    for some, copied in part.in_place():
+                    for some, copied in (part if grouped else part.merged()).in_place():
                         scale_in_place(some, copied, how)
                     continue
                 for some in part.by_outputs(part.nbytes):
@@ -227,14 +231,15 @@ def _here(x: Array) -> Array:
     return cupy.ascontiguousarray(move(x, cupy.cuda.Device()), cupy.float64)
 
 
-def _reported(rows: Array, flips: Sequence[int], groups: Groups) -> list[Array]:
-    """The norms of each block, where the kernel that decides has put them: `text.SETTLE`."""
-    out, turn = [], 0
-    for start, shape, wide in zip(groups.starts, groups.shapes, groups.wide, strict=True):
+@lru_cache
+def _reports(groups: Groups) -> tuple[list[int], list[Any], list[int]]:
+    """Where norms turn from float32 to float64, and the dtype and place of each block's, as `text.SETTLE` has them."""
+    flips, turn, dtypes, places = table.flips(groups), 0, [], []
+    for start, wide in zip(groups.starts, groups.wide, strict=True):
         turn += turn % 2 != wide
-        place = rows.itemsize * start if wide else rows.itemsize * flips[turn] + 4 * (start - flips[turn])
-        out.append(cupy.ndarray(shape, cupy.float64 if wide else cupy.float32, rows.data + place))
-    return out
+        dtypes.append(cupy.float64 if wide else cupy.float32)
+        places.append(8 * start if wide else 8 * flips[turn] + 4 * (start - flips[turn]))
+    return flips, dtypes, places
 
 
 def _found(norm: Norm, partials: Seen) -> tuple[Any, ...]:

@@ -18,8 +18,8 @@ from gradclip._norms import Norm, SumNorm
 from gradclip._types import Array
 
 NULL = np.uint64(0)
-#: From so many bytes on a float32 norm may be less exact than it is below at no cost: at worst by an ulp or two, and among
-#: so many elements errors cancel.
+#: From so many bytes on a float32 norm may be less exact than it is below at no cost: at worst by an ulp or two, and
+#: among so many elements errors cancel.
 _LARGE = 2**22
 #: So many groups are more than a GPU has room for blocks.
 _MANY = 4096

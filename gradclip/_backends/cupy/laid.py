@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gradclip._backends.cupy.text import ALIGNMENT
 from gradclip._types import Array
 
 T = TypeVar("T")
@@ -51,6 +52,10 @@ class Laid:
 
     def __init__(self, leaves: Sequence[Array], device: int, here: Sequence[int], whole: bool = False) -> None:
         self.leaves, self.device, self.here, self._whole = leaves, device, here, whole
+        self.dtypes = [x.dtype for x in leaves]
+        self.distinct = frozenset(self.dtypes)
+        self.sizes: Any = np.array([x.size for x in leaves], np.int64)
+        self.pointers: Any = np.array([x.data.ptr for x in leaves], np.uint64)
 
     def of(self, values: Sequence[T]) -> Sequence[T]:
         """Of values of all leaves of the call, those of these."""
@@ -58,29 +63,19 @@ class Laid:
 
     def only(self, places: Sequence[int]) -> Laid:
         """Those at these places."""
-        if list(places) == list(range(len(self.leaves))):
+        if len(places) == len(self.leaves) and list(places) == list(range(len(places))):
             return self
-        return Laid([self.leaves[i] for i in places], self.device, [self.here[i] for i in places])
+        out = Laid([self.leaves[i] for i in places], self.device, [self.here[i] for i in places])
+        out.sizes = self.sizes[list(places)]
+        return out
 
     def replaced(self, others: dict[int, Array]) -> Laid:
-        """With other arrays at some places."""
+        """With other arrays of the same sizes at some places."""
         if not others:
             return self
-        leaves = [others.get(i, x) for i, x in enumerate(self.leaves)]
-        return Laid(leaves, self.device, self.here, self._whole)
-
-    @cached_property
-    def dtypes(self) -> list[Any]:
-        return [x.dtype for x in self.leaves]
-
-    @cached_property
-    def distinct(self) -> set[Any]:
-        """The dtypes that there are."""
-        return set(self.dtypes)
-
-    @cached_property
-    def sizes(self) -> Any:
-        return np.array([x.size for x in self.leaves], np.int64)
+        out = Laid([others.get(i, x) for i, x in enumerate(self.leaves)], self.device, self.here, self._whole)
+        out.sizes = self.sizes
+        return out
 
     @cached_property
     def itemsizes(self) -> Any:
@@ -94,10 +89,6 @@ class Laid:
         return self.sizes * self.itemsizes
 
     @cached_property
-    def pointers(self) -> Any:
-        return np.array([x.data.ptr for x in self.leaves], np.uint64)
-
-    @cached_property
     def ordered(self) -> list[bool]:
         """Whether the elements of each lie in C order without gaps."""
         # `flags` makes an object of them all, and takes ten times as long.
@@ -107,6 +98,8 @@ class Laid:
     @cached_property
     def loose(self) -> list[int]:
         """Those whose elements do not fill one stretch of memory."""
+        if all(self.ordered):
+            return []
         return [i for i, ok in enumerate(self.ordered) if not (ok or is_dense(self.leaves[i]))]
 
     def by_copies(self) -> Sequence[Laid]:
@@ -119,7 +112,7 @@ class Laid:
 
     def by_outputs(self, sizes: Any) -> Sequence[Laid]:
         """These, as several parts where their outputs take more than PIECE."""
-        return self._cut(sizes, PIECE)
+        return self._cut(-(-sizes // ALIGNMENT) * ALIGNMENT, PIECE)
 
     def _cut(self, sizes: Any, most: int) -> Sequence[Laid]:
         if sizes.sum() <= most:
@@ -139,6 +132,24 @@ class Laid:
             return []
         sets = np.split(order, np.flatnonzero(~joins) + 1)
         return sorted(sorted(same.tolist()) for same in sets if len(same) > 1)
+
+    def merged(self) -> Laid:
+        """As one factor scales them in place: dense leaves of one dtype that share memory are one stretch of it."""
+        gone: set[int] = set()
+        sizes, itemsizes = self.sizes.copy(), np.broadcast_to(self.itemsizes, self.sizes.shape)
+        for crowd in self.crowds:
+            first = min(crowd, key=self.pointers.__getitem__)
+            apart = self.pointers[crowd] - self.pointers[first]
+            alike = len({self.dtypes[i] for i in crowd}) == 1 and not (apart % np.uint64(itemsizes[first])).any()
+            if alike and not set(self.loose).intersection(crowd):
+                sizes[first] = (apart.astype(np.int64) // itemsizes[first] + self.sizes[crowd]).max()
+                gone.update(i for i in crowd if i != first)
+        if not gone:
+            return self
+        kept = [i for i in range(len(self.leaves)) if i not in gone]
+        out = self.only(kept)
+        out.sizes = sizes[kept]
+        return out
 
     def in_place(self) -> list[tuple[Laid, list[int]]]:
         """Parts that are written one after the other, and which of each are copied first, for their copies are scaled.

@@ -20,7 +20,7 @@ from gradclip._backends.cupy import sums, text
 from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, NUMBERS, REAL
 from gradclip._backends.cupy.table import TABLE
-from gradclip._backends.cupy.text import LEAVES, ONE, WHOLE
+from gradclip._backends.cupy.text import KEPT, LEAVES, ONE, WHOLE
 from gradclip._backends.cupy.tiles import AREA, TILES
 from gradclip._decide import Bounds, decide
 from gradclip._norms import Norm, Seen, SumNorm, Terms, identity
@@ -55,7 +55,7 @@ def _table(grouped: int) -> str:
 
 
 def _area() -> str:
-    return text.VISIT + AREA % {"leaves": text.TILED, "kinds": len(KINDS), "bytes": TILES.itemsize}
+    return text.VISIT + AREA % {"leaves": LEAVES[KEPT], "kinds": len(KINDS), "bytes": TILES.itemsize}
 
 
 def _chunks(each: str) -> str:

@@ -13,41 +13,35 @@ from gradclip._backends.cupy import compiler, programs, table, tiles
 from gradclip._backends.cupy.columns import NULL, split
 from gradclip._backends.cupy.compiler import Kernel
 from gradclip._backends.cupy.laid import Laid
-from gradclip._backends.cupy.text import ALIGNMENT, ONE, WHOLE
+from gradclip._backends.cupy.text import ALIGNMENT, KEPT, ONE, WHOLE
 from gradclip._groups import Groups
 from gradclip._types import Array
-
-
-class Kernels(NamedTuple):
-    """Those that scale the leaves of one device: such of one group each, and such of which an axis is kept."""
-
-    whole: Kernel | None
-    kept: Kernel | None
-    grouped: int  # what the table of the first says of groups
 
 
 class Scaling(NamedTuple):
     """How leaves are scaled on one device."""
 
-    kernels: Kernels
+    kernel: Kernel
+    grouped: int  # what its table says of groups
     groups: Groups
-    by: Sequence[Any]  # the factors, as the kernels take them
-
-    def split(self, laid: Laid) -> tuple[Laid, Laid]:
-        return split(laid, laid.of(self.groups.keep)) if self.kernels.kept else (laid, laid.only([]))
+    by: Sequence[Any]  # the factors, as the kernel takes them
 
 
-def scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[Kernels]:
-    """For each device, compiled before the first leaf is written. `several`: there are several factors."""
-    found, grouped = [], WHOLE if several else ONE
+def scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[tuple[Kernel, int]]:
+    """The kernel that scales, for each device, and what its table says of groups.
+
+    All are compiled before the first leaf is written. `several`: there are several factors.
+    """
+    kernels = []
     for part in parts:
         with cupy.cuda.Device(part.device):
-            sorts = split(part, part.of(groups.keep)) if several else (part, part.only([]))
-            whole, kept = (table.kinds(sort.distinct, real=True) for sort in sorts)
-            one = compiler.compiled(programs.scale(whole, grouped), "gradclip_scale") if whole else None
-            two = compiler.compiled(programs.scale_spread(kept), "gradclip_scale_spread") if kept else None
-            found.append(Kernels(one, two, grouped))
-    return found
+            kinds = table.kinds(part.distinct, real=True)
+            if several and split(part, part.of(groups.keep))[1].leaves:
+                kernels.append((compiler.compiled(programs.scale_spread(kinds), "gradclip_scale_spread"), KEPT))
+            else:
+                grouped = WHOLE if several else ONE
+                kernels.append((compiler.compiled(programs.scale(kinds, grouped), "gradclip_scale"), grouped))
+    return kernels
 
 
 def weighting(parts: Sequence[Laid]) -> list[Kernel]:
@@ -85,17 +79,15 @@ def scale_apart(laid: Laid, how: Scaling) -> list[Array]:
 
 def _launch(laid: Laid, how: Scaling, room: Any = NULL, starts: Any = None) -> None:
     """Scale dense leaves: to `room`, where each output starts at its place of `starts`, or where they are."""
+    kernel, grouped, groups, by = how
     starts = np.zeros(len(laid.leaves), np.int64) if starts is None else starts
-    places = dict(zip(laid.here, starts.tolist(), strict=True))
-    whole, kept = how.split(laid)
-    if how.kernels.whole and whole.leaves:
-        groups = np.array(whole.of(how.groups.base)) if how.kernels.grouped else None
-        lines = table.entries(whole, real=True, room=np.array([places[i] for i in whole.here]), groups=groups)
-        for some in table.tables(lines, grouped=how.kernels.grouped):
-            how.kernels.whole(how.kernels.whole.blocks(some["chunks"]), (some, *how.by, room))
-    if how.kernels.kept and kept.leaves:
-        for some in tiles.scaling(kept.leaves, tiles.runs_of(kept, how.groups), [places[i] for i in kept.here]):
-            how.kernels.kept(how.kernels.kept.blocks(some["tiles"]), (some, *how.by, room))
+    if grouped == KEPT:
+        for some in tiles.scaling(laid.leaves, tiles.runs_of(laid, groups), starts.tolist()):
+            kernel(kernel.blocks(some["tiles"]), (some, *by, room))
+        return
+    lines = table.entries(laid, real=True, room=starts, groups=np.array(laid.of(groups.base)) if grouped else None)
+    for some in table.tables(lines, grouped=grouped):
+        kernel(kernel.blocks(some["chunks"]), (some, *by, room))
 
 
 def weigh(laid: Laid, kernel: Kernel, groups: Groups, by: Sequence[Any]) -> list[Array]:

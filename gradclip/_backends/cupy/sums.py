@@ -112,7 +112,10 @@ template <class T, class N> __device__ __forceinline__ double highest(const T* p
     decltype(size_bits(T())) most = 0;
     each<4>(p, n, [&](const auto& x) {
         #pragma unroll
-        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++) most = size_bits(x.of[j]) > most ? size_bits(x.of[j]) : most;
+        for (unsigned j = 0; j < sizeof(x) / sizeof(T); j++) {
+            const auto bits = size_bits(x.of[j]);
+            most = bits > most ? bits : most;
+        }
     });
     T highest;
     highest.bits = most;

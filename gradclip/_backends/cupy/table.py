@@ -5,14 +5,15 @@ So no copy to the device is needed, and nothing waits. `TABLE` is the `Table` of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradclip._backends.cupy.laid import Laid
 from gradclip._backends.cupy.numbers import KINDS, REAL
-from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, LEAVES, ONE, TURNS
+from gradclip._backends.cupy.text import ALIGNMENT, ENTRIES, LEAVES, ONE, TURNS, WHOLE
 from gradclip._dtypes import dtype_name, plain_name
 from gradclip._groups import Groups
 
@@ -25,7 +26,7 @@ def _layout(grouped: int) -> Any:
 
 
 #: By what it says of groups.
-TABLE = {grouped: _layout(grouped) for grouped in LEAVES}
+TABLE = {grouped: _layout(grouped) for grouped in (ONE, WHOLE)}
 
 #: See `row`, and `flips`.
 ROW = np.dtype([("bits", "u8", ENTRIES), ("what", "u4", ENTRIES)], align=True)
@@ -56,21 +57,18 @@ def entries(laid: Laid, *, real: bool, room: Any = None, groups: Any = None, cou
     `real`: complex leaves as real ones, twice as long. `room`: where their outputs start. `groups`: that of each.
     `count`, of all groups: the lines have keys, see `sums.JOIN`.
     """
-    order = kinds(laid.distinct, real=real)
-    found = {dtype: kind_of(plain_name(dtype), real=real) for dtype in laid.distinct}
-    known = np.array([(kind, order.index(_ORDER[kind]), times) for kind, times in found.values()], np.int64)
-    if len(found) > 1:
-        row = {dtype: i for i, dtype in enumerate(found)}
-        known = known[[row[dtype] for dtype in laid.dtypes]]
-    kind, section, times = known.T
+    kind, section, times = _numbers(laid, real)
     group = 0 if groups is None else groups
     to = room if room is not None else section * count + group
     n = laid.sizes * times
-    lines = Lines(kind, group, laid.pointers, n, laid.itemsizes // times, to)
-    lines = Lines(*(np.broadcast_to(np.asarray(x, np.uint64), n.shape) for x in lines))
-    if (lines.length * lines.itemsize).max() > LONGEST:
+    columns: Any = np.empty((len(Lines._fields), n.size), np.uint64)
+    given = kind, group, laid.pointers, n, laid.itemsizes // times, to
+    for column, values in zip(columns, given, strict=True):
+        column[:] = values
+    lines = Lines(*columns)
+    if laid.nbytes.max() > LONGEST:
         lines = _cut(lines, room is not None)
-    if len(found) > 1 or groups is not None:  # and by nothing else: sums do not depend on where memory is
+    if len(laid.distinct) > 1 or groups is not None:  # and by nothing else: sums do not depend on where memory is
         first = np.lexsort((lines.group, lines.kind))
         lines = Lines(*(x[first] for x in lines))
     return lines
@@ -96,7 +94,28 @@ def kind_of(name: str, *, real: bool) -> tuple[int, int]:
     return _ORDER.index(kind), 1 + (kind != name)
 
 
-def kinds(dtypes: Iterable[Any], *, real: bool) -> tuple[str, ...]:
+def _numbers(laid: Laid, real: bool) -> Any:
+    """Of each leaf, or of all, the number of its kind, its place among those that are there, and how many numbers an
+    element is.
+    """
+    known = _known(laid.distinct, real)
+    if len(known) == 1:
+        return known[laid.dtypes[0]]
+    row = {dtype: i for i, dtype in enumerate(known)}
+    return np.array(list(known.values()), np.int64)[[row[dtype] for dtype in laid.dtypes]].T
+
+
+@lru_cache
+def _known(dtypes: frozenset[Any], real: bool) -> dict[Any, tuple[int, int, int]]:
+    order, found = kinds(dtypes, real=real), {}
+    for dtype in dtypes:
+        kind, times = kind_of(plain_name(dtype), real=real)
+        found[dtype] = kind, order.index(_ORDER[kind]), times
+    return found
+
+
+@lru_cache
+def kinds(dtypes: frozenset[Any], *, real: bool) -> tuple[str, ...]:
     """The names of the kinds of leaves of these dtypes, in the order of the table."""
     names = {KINDS[name].component if real else name for name in map(plain_name, dtypes)}
     return tuple(name for name in _ORDER if name in names)

@@ -6,12 +6,10 @@ Text only. No header is included, so nothing has to be found on the user's machi
 from __future__ import annotations
 
 THREADS = 256
-#: What a table says of groups: nothing, for there is one, or the group of each leaf.
-ONE, WHOLE = 0, 1
+#: What a table says of groups: nothing, for there is one; the group of each leaf; or of which an axis is kept.
+ONE, WHOLE, KEPT = 0, 1, 2
 #: Leaves of one launch, by that. The table travels in the kernel's parameters, and those may take 4 KB in all.
-LEAVES = {ONE: 250, WHOLE: 200}
-#: Leaves of one launch of which an axis is kept: likewise.
-TILED = 88
+LEAVES = {ONE: 250, WHOLE: 200, KEPT: 88}
 #: Of one launch that decides: how often float32 and float64 norms take turns. Likewise.
 TURNS = 900
 #: Of one launch that makes a row of numbers: how many single ones, repeated ones and arrays. Likewise.
@@ -179,8 +177,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_row(
 }
 """
 
-# `x * shift * factor * shift`. A factor is quick where its first 48 bits are the sum of two normal floats: with these, and
-# one rounding at the end, a product is as good as in double, for which most GPUs have few units.
+# `x * shift * factor * shift`. A factor is quick where its first 48 bits are the sum of two normal floats: with these,
+# and one rounding at the end, a product is as good as in double, for which most GPUs have few units.
 FACTOR = """
 struct Factor { double factor, shift; float high, low; bool keep, quick; };
 __device__ __forceinline__ Factor factor_of(double factor, double shift) {
@@ -195,8 +193,8 @@ __device__ __forceinline__ float scaled(float x, const Factor& f) {
     const float rest = times(x, f.low);
     return plus_times(rest == rest ? rest : 0.0f, x, f.high);  // infinity has no rest
 }
-// The same where x * f.low may be subnormal. A subnormal result has the bits of a whole number, so many times 2**-149. Added to 12,
-// 2**100 times as much is rounded to that; and no conversion is needed, for those are as slow as doubles.
+// The same where x * f.low may be subnormal. A subnormal result has the bits of a whole number, of so many 2**-149: to
+// that 2**100 times as much is rounded where 12 is added. Conversions, as slow as doubles, are not needed.
 __device__ __forceinline__ float scaled_to_little(float x, const Factor& f) {
     const float y = times(x, %(up)sf), sum = plus_times(times(y, f.low), y, f.high);
     if (fabs(sum) >= %(normal)sf) return times(sum, %(down)sf);
@@ -295,7 +293,10 @@ template <class T, class R> __device__ __forceinline__ void weigh(
             const u64 shift = shifts && factor ? __double_as_longlong(shifts[k + j]) : ONE;
             if (!(factor << 1)) continue;  // whatever the element is
             double x = widen(of[j]), by = __longlong_as_double((long long)factor);
-            if (shift != ONE) x = x * __longlong_as_double((long long)shift) * by, by = __longlong_as_double((long long)shift);
+            if (shift != ONE) {
+                const double step = __longlong_as_double((long long)shift);
+                x = x * step * by, by = step;
+            }
             sum += x * by;
         }
     }

@@ -17,16 +17,17 @@ import numpy as np
 from gradclip._backends.cupy.laid import Laid
 from gradclip._backends.cupy.numbers import KINDS
 from gradclip._backends.cupy.table import kind_of, until
-from gradclip._backends.cupy.text import ALIGNMENT, THREADS, TILED
+from gradclip._backends.cupy.text import ALIGNMENT, KEPT, LEAVES, THREADS
 from gradclip._dtypes import dtype_name
 from gradclip._groups import Groups
 from gradclip._types import Array
 
+_LEAVES = LEAVES[KEPT]
 TILES = np.dtype(
     [
-        *((name, "u8", TILED) for name in ("from", "inner")),
-        *((name, "u4", TILED) for name in ("to", "parts", "group", "length", "outer", "first")),
-        *((name, "u2", TILED) for name in ("strips", "pieces")),
+        *((name, "u8", _LEAVES) for name in ("from", "inner")),
+        *((name, "u4", _LEAVES) for name in ("to", "parts", "group", "length", "outer", "first")),
+        *((name, "u2", _LEAVES) for name in ("strips", "pieces")),
         *(("until", "u2", len(KINDS)), ("leaves", "u2"), ("tiles", "u4")),
     ],
     align=True,
@@ -89,7 +90,7 @@ template <bool writes, unsigned batch, class T, class F> __device__ __forceinlin
 #: A tile has so many bytes, where that does not make more than so many of a leaf: what is measured in a column of an
 #: inner axis costs 24 to 32 bytes a tile.
 _TILE, _MOST = 2**17, 4096
-#: Rows of one line.
+#: Rows of one line, or some more.
 _ROWS = 2**31
 
 
@@ -174,16 +175,16 @@ def _lines(leaf: Array, run: Run, room: int = 0, *, real: bool) -> Iterator[Line
     each, itemsize = max(1, THREADS // inner), leaf.itemsize // times
     across, width = -(-length // each), min(length, each) * inner
     pieces = 1 if inner <= THREADS else min(-(-inner * itemsize // _TILE), max(1, _MOST // length))
-    rows = leaf.size * times // (length * inner)
-    for begin in range(0, rows, _ROWS):
-        outer, skipped = min(rows - begin, _ROWS), begin * length * inner * itemsize
+    rows, most = leaf.size * times // (length * inner), -(-_ROWS // ALIGNMENT) * ALIGNMENT
+    for begin in range(0, rows, most):
+        outer, skipped = min(rows - begin, most), begin * length * inner * itemsize
         strips = min(outer, -(-outer * width * itemsize // pieces // _TILE), max(1, _MOST // across // pieces))
         sizes = length, inner, outer, strips, pieces, across * strips * pieces
         yield Line(kind, group, leaf.data.ptr + skipped, *sizes, room + skipped // ALIGNMENT)
 
 
 def _tables(lines: Sequence[Line]) -> list[Any]:
-    return [_table(lines[i : i + TILED]) for i in range(0, len(lines), TILED)]
+    return [_table(lines[i : i + _LEAVES]) for i in range(0, len(lines), _LEAVES)]
 
 
 def _table(lines: Sequence[Line]) -> Any:
