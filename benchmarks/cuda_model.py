@@ -1,0 +1,224 @@
+"""What the CUDA kernels can reach, counted from their machine code: `python -m benchmarks.cuda_model --help`.
+
+Each kernel is compiled with NVRTC for the GPUs of `cards`, disassembled, and its hot loop is counted: an upper bound of
+the share of the DRAM's bandwidth that it can use. It runs nothing, and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import cards, nvrtc, sass
+from benchmarks.cuda_cases import CASES, SIZES, THREADS, Case, first_clip
+
+ARCHS = (75, 80, 86, 89, 90, 120)
+#: Counts are shown for this one.
+SHOWN = 80
+UNSAID = """What such a model cannot say: how long loads take and whether enough of them are in flight to hide it (the
+column "KB in flight" has what an SM holds); what caches give and take; how much of its bandwidth a DRAM gives at all
+(about nine tenths); clocks under load, which are below the boost clocks taken here; the ends of grids, launches and the
+host; whether two kinds of instructions that share a port wait for each other. It is a bound from above: no card does
+better, and one may do worse."""
+
+
+def disassembler() -> Path | str:
+    """Where `nvdisasm` lies in triton's wheel; else why there is none."""
+    spec = importlib.util.find_spec("triton")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        found = Path(folder) / "backends" / "nvidia" / "bin" / "nvdisasm"
+        if found.is_file():
+            return found
+    return "nvdisasm is not here: pip install 'gradclip[cuda-model]' (on Linux)"
+
+
+def missing() -> str:
+    """Why nothing can be counted here; empty if it can."""
+    found = [one for one in (nvrtc.library(), disassembler()) if isinstance(one, str)]
+    return "; ".join(found)
+
+
+class Machine(NamedTuple):
+    """A kernel as compiled for one architecture."""
+
+    blocks: list[sass.Block]
+    registers: int
+    shared: int
+    spilled: int  # bytes stored
+
+
+@cache
+def machine(kernel: str, source: str, arch: int, options: tuple[str, ...] = ()) -> Machine:
+    code, log = nvrtc.compiled(source, f"sm_{arch}", "--ptxas-options=-v", *options)
+    if not code:
+        raise RuntimeError(log)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        run = subprocess.run([str(disassembler()), "-c", file.name], capture_output=True, text=True, check=True)
+
+    def told(pattern: str) -> int:
+        found = re.search(pattern, log)
+        return int(found[1]) if found else 0
+
+    shared, spilled = told(r"(\d+) bytes smem"), told(r"(\d+) bytes spill stores")
+    return Machine(sass.blocks_of(run.stdout, kernel), told(r"Used (\d+) registers"), shared, spilled)
+
+
+def cost(one: sass.Instruction) -> float:
+    """By which paths are compared: on most cards a double costs as much as many others."""
+    return 17.0 if one.kind in ("fp64", "convert64") else 1.0
+
+
+class Way(NamedTuple):
+    """One way through a hot loop, for one element."""
+
+    name: str
+    counts: dict[str, float]
+    in_flight: int
+    wide: int  # bytes of a load
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.counts.values())
+
+
+class Counted(NamedTuple):
+    case: Case
+    arch: int
+    machine: Machine
+    threads: int  # that an SM holds
+    ways: list[Way]  # the cheapest, the dearest, all of them
+
+
+def counted(case: Case, arch: int) -> Counted:
+    """A case's hot loop. Its turns that load most are taken (least where the hot loop inside turns once)."""
+    found = machine(case.kernel, case.source(), arch, case.options)
+    size = SIZES[case.kind] + case.beside
+    loops = sass.loops(found.blocks)
+    loading = [loop for loop in loops if loop.loads(found.blocks)]
+    inner = [loop for loop in loading if not any(other.body < loop.body for other in loading)]
+    if not inner:
+        raise LookupError(f"{case.name}: {case.kernel} has no loop that loads")
+    most = max(loop.loads(found.blocks) for loop in inner)
+    several = []
+    for hot in (loop for loop in inner if loop.loads(found.blocks) == most):
+        loop = hot
+        for _ in range(case.around):
+            loop = next(other for other in loops if other.body > loop.body)
+        paths = sass.turns(found.blocks, loop, cost, case.work)
+        paths = {key: both for key, both in paths.items() if key[0] and key[1] >= case.worked * (key[0] // size)}
+        if paths:
+            loaded = (min if case.around else max)(key[0] for key in paths)
+            cheap = min((both[0] for key, both in paths.items() if key[0] == loaded), key=_spent)
+            dear = max((both[1] for key, both in paths.items() if key[0] == loaded), key=_spent)
+            several.append((_spent(cheap) / loaded, loaded, cheap, dear, sass.everything(found.blocks, loop, loaded)))
+    if not several:
+        raise LookupError(f"{case.name}: no path of the hot loop of {case.kernel} does the work that is looked for")
+    _, loaded, *turns = (min if case.pick == "cheap" else max)(several, key=lambda one: one[0])
+    names = ("", "dearest path", "every branch both ways")
+    ways = [_way(name, turn, loaded / size) for name, turn in zip(names, turns, strict=True)]
+    held = cards.threads_per_sm(arch, found.registers, found.shared, THREADS)
+    return Counted(case, arch, found, held, [way for i, way in enumerate(ways) if not i or way[1:] != ways[i - 1][1:]])
+
+
+def _spent(turn: sass.Turn) -> float:
+    return sum(map(cost, turn.instructions))
+
+
+def _way(name: str, turn: sass.Turn, elements: float) -> Way:
+    counts: Counter[str] = turn.counts()
+    wide = max(one.width for one in turn.instructions if one.loaded)
+    return Way(name, {kind: n / elements for kind, n in counts.items()}, turn.in_flight(), wide)
+
+
+def share(case: Case, card: cards.Card, way: Way) -> tuple[float, float]:
+    return cards.shares(card, way.counts, case.passes * SIZES[case.kind])
+
+
+def rows(cases: Sequence[Case]) -> list[list[str]]:
+    """The table: a row for each way through the hot loop of each case."""
+    needed = [(case, arch) for case in cases for arch in sorted({SHOWN, *(card.arch for card in cards.CARDS)})]
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(needed, pool.map(lambda one: counted(*one), needed), strict=True))
+    out = []
+    for case in cases:
+        one = found[case, SHOWN]
+        names = list(dict.fromkeys(way.name for arch in {c.arch for c in cards.CARDS} for way in found[case, arch].ways))
+        names = [name for name in ("", "dearest path", "every branch both ways") if name in names]
+        for name in names:
+            way = _named(one, name)
+            n = way.counts
+            numbers = [way.instructions, n.get("fp64", 0), n.get("convert64", 0), n.get("fp32", 0)]
+            numbers += [n.get("alu", 0) + n.get("mad", 0), n.get("memory", 0)]
+            held = f"{way.in_flight * way.wide * one.threads / 1024:.0f}"
+            bounds = [share(case, card, _named(found[case, card.arch], name)) for card in cards.CARDS]
+            spills = max(found[case, arch].machine.spilled for arch in {card.arch for card in cards.CARDS})
+            out.append(
+                [f"{case.name}{': ' if name else ''}{name}", *(f"{x:.1f}".removesuffix(".0") for x in numbers)]
+                + [f"{way.in_flight} x {way.wide} B", str(one.machine.registers), str(one.threads), held, str(spills)]
+                + [percent(*both) for both in bounds]
+            )
+    return out
+
+
+def _named(one: Counted, name: str) -> Way:
+    """The way of this name; where it is like the one before it, that."""
+    order = ("", "dearest path", "every branch both ways")
+    return [way for way in one.ways if order.index(way.name) <= order.index(name)][-1]
+
+
+def percent(low: float, high: float) -> str:
+    low, high = (int(100 * x + 0.5) for x in (low, high))
+    return str(low) if low == high else f"{low}-{high}"
+
+
+HEAD = ["per element", "instructions", "FP64", "to and from 64 bits", "FP32, FP16", "integer, logic", "memory"]
+HEAD += ["loads in flight", "registers", "threads an SM", "KB in flight an SM", "spilled", *(c.name for c in cards.CARDS)]
+
+
+def compile_seconds(arch: int) -> float:
+    """NVRTC's time for all that a first clip needs, one after the other, in this process."""
+    begun = time.perf_counter()
+    for _, source, options in first_clip():
+        if not nvrtc.compiled(source, f"sm_{arch}", *options)[0]:
+            raise RuntimeError("a kernel does not compile")
+    return time.perf_counter() - begun
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_model", description=__doc__)
+    parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
+    parser.add_argument("--only", metavar="TEXT", default="", help="the cases whose names hold this")
+    asked = parser.parse_args(given)
+    if missing():
+        print(missing(), file=sys.stderr)
+        return 1
+    table = [HEAD, *rows([case for case in CASES if asked.only in case.name])]
+    if asked.markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in table]
+        print("\n".join([lines[0], "| --- " + "| ---: " * (len(HEAD) - 1) + "|", *lines[1:]]))
+    else:
+        widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
+        for row in table:
+            print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    seconds = ", ".join(f"sm_{arch} {compile_seconds(arch):.2f} s" for arch in (75, 80, 90))
+    print(f"\nCounts as compiled by NVRTC {nvrtc.version()} for sm_{SHOWN}; shares for each card's own architecture.")
+    print(f"First clip at p = 2 of float32 leaves, {len(first_clip())} programs: {seconds}.")
+    print(UNSAID)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
