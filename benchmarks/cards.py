@@ -5,9 +5,10 @@
 [limits] CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 [pipes] Nsight Compute, Profiling Guide, "Pipelines": ALU (logic, comparisons, integers but multiplications), FMA (FP32
     and integer multiplications), FP64, XU (special functions and conversions), LSU.
-[A100] "A100 80GB Tensor Core GPU" datasheet (SXM: 2,039 GB/s) and "A100 Tensor Core GPU Architecture" (108 SMs, 1,410 MHz).
-[H100] "H100 Tensor Core GPU Architecture" v1.04 and datasheet (SXM5: 132 SMs, 1,980 MHz outside the tensor cores, that is
-    67 TFLOPS in FP32; 3,350 GB/s).
+[A100] "A100 80GB Tensor Core GPU", datasheet (SXM: 2,039 GB/s), and "A100 Tensor Core GPU Architecture" (108 SMs,
+    1,410 MHz).
+[H100] "H100 Tensor Core GPU Architecture" v1.04 and datasheet (SXM5: 132 SMs; 1,980 MHz outside the tensor cores, that
+    is 67 TFLOPS in FP32; 3,350 GB/s).
 [4090] "Ada GPU Architecture" (128 SMs, 2,520 MHz, 1,008 GB/s, two FP64 units an SM).
 [T4] "Turing GPU Architecture" and the T4's datasheet (40 SMs, 1,590 MHz, 320 GB/s, two FP64 units an SM).
 [3090] "Ampere GA102 GPU Architecture" (82 SMs, 1,695 MHz, 936 GB/s, two FP64 units an SM).
@@ -88,7 +89,7 @@ def threads_per_sm(arch: int, registers: int, shared: int, threads: int) -> int:
 
 
 def clocks(arch: int, counts: Mapping[str, float]) -> tuple[float, float]:
-    """Clocks of an SM for so many instructions of each class: if 64-bit conversions have units of their own, and if not.
+    """Clocks of an SM for so many instructions of each class: where 64-bit conversions have units of their own, or not.
 
     A pipe that is fully busy is the least that it takes; that nothing waits is assumed.
     """

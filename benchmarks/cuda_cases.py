@@ -12,12 +12,11 @@ from gradclip._norms import norm_for
 without_cupy()
 
 from gradclip._backends.cupy import programs  # noqa: E402
-from gradclip._backends.cupy.numbers import KINDS, REAL  # noqa: E402
-from gradclip._backends.cupy.text import KEPT, LEAVES, ONE, WHOLE  # noqa: E402
+from gradclip._backends.cupy.text import KEPT, ONE, THREADS, WHOLE  # noqa: E402
+
+__all__ = ["CASES", "SIZES", "THREADS", "Case", "first_clip"]
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-#: The block of every kernel.
-from gradclip._backends.cupy.text import THREADS  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -27,8 +26,12 @@ class Case(NamedTuple):
     source: Callable[[], str]
     passes: int = 1  # how often an element crosses the memory bus: 2 where it is read and written
     beside: int = 0  # bytes that are loaded for each element and come out of a cache: factors of groups
-    work: str = ""  # instructions, as a pattern, that are run for every element whose path counts
-    worked: int = 0  # and how many
+    # The path that ordinary data take: by the pattern of instructions that it runs `worked` times an element, and no
+    # path oftener; by instructions that it does not run; and whether it is the cheapest or the dearest of what is left.
+    work: str = ""
+    worked: int = 1
+    avoid: str = ""
+    path: str = "cheap"
     around: int = 0  # count a turn of so many loops around the hot one: where that turns once
     pick: str = "cheap"  # of several loops with as many bytes: the cheap one or the dear one
     options: tuple[str, ...] = ()
@@ -46,21 +49,19 @@ def _kept(name: str, kind: str, around: int) -> Case:
 
 
 def _scale(name: str, kind: str, grouped: int = ONE) -> Case:
-    return Case(
-        f"{name} {kind}",
-        kind,
-        "gradclip_scale",
-        lambda: programs.scale((kind,), grouped),
-        passes=2,
-        beside=16 if grouped == KEPT else 0,
-        work="DMUL|FMUL.*",
-        worked=3,  # by shift, factor and shift: neither unchanged nor zero
-    )
+    """The leaf is neither unchanged nor made 0, and its numbers are normal, before and after."""
+    work, worked, avoid, path = {
+        # Three products and a conversion. Subnormal numbers become whole ones, or are multiplied by 2**896.
+        "float32": (r"DMUL|F2F\.F32\.F64", 4, r"F2I\.S64\.F64|DMUL .*e\+", "cheap"),
+        "float64": ("DMUL", 3, "", "cheap"),
+    }.get(kind, ("DMUL", 4, r"F2I\.S64\.F64", "dear"))
+    beside, source = 16 if grouped == KEPT else 0, lambda: programs.scale((kind,), grouped)
+    return Case(f"{name} {kind}", kind, "gradclip_scale", source, 2, beside, work, worked, avoid, path)
 
 
 def _weighted(kind: str) -> Case:
     source = lambda: programs.weighted((kind,))  # noqa: E731
-    return Case(f"weighted sum {kind}", kind, "gradclip_weighted", source, beside=16, work="DMUL|FMUL.*", worked=3)
+    return Case(f"weighted sum {kind}", kind, "gradclip_weighted", source, beside=16)
 
 
 CASES = [

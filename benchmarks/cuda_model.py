@@ -76,9 +76,11 @@ def machine(kernel: str, source: str, arch: int, options: tuple[str, ...] = ()) 
     return Machine(sass.blocks_of(run.stdout, kernel), told(r"Used (\d+) registers"), shared, spilled)
 
 
-def cost(one: sass.Instruction) -> float:
-    """By which paths are compared: on most cards a double costs as much as many others."""
-    return 17.0 if one.kind in ("fp64", "convert64") else 1.0
+def cost(arch: int) -> sass.Cost:
+    """By which paths are compared: the slots for instructions that pass while a pipe takes this one."""
+    rates = cards.RATES[arch]
+    slots = {kind: max(1.0, rates.issue / rate) for kind, rate in rates._asdict().items()}
+    return lambda one: slots.get(one.kind, 1.0)
 
 
 class Way(NamedTuple):
@@ -86,8 +88,7 @@ class Way(NamedTuple):
 
     name: str
     counts: dict[str, float]
-    in_flight: int
-    wide: int  # bytes of a load
+    in_flight: tuple[int, int]  # loads, bytes
 
     @property
     def instructions(self) -> float:
@@ -105,7 +106,11 @@ class Counted(NamedTuple):
 def counted(case: Case, arch: int) -> Counted:
     """A case's hot loop. Its turns that load most are taken (least where the hot loop inside turns once)."""
     found = machine(case.kernel, case.source(), arch, case.options)
-    size = SIZES[case.kind] + case.beside
+    size, price = SIZES[case.kind] + case.beside, cost(arch)
+
+    def spent(turn: sass.Turn) -> float:
+        return sum(map(price, turn.instructions))
+
     loops = sass.loops(found.blocks)
     loading = [loop for loop in loops if loop.loads(found.blocks)]
     inner = [loop for loop in loading if not any(other.body < loop.body for other in loading)]
@@ -117,13 +122,15 @@ def counted(case: Case, arch: int) -> Counted:
         loop = hot
         for _ in range(case.around):
             loop = next(other for other in loops if other.body > loop.body)
-        paths = sass.turns(found.blocks, loop, cost, case.work)
-        paths = {key: both for key, both in paths.items() if key[0] and key[1] >= case.worked * (key[0] // size)}
+        paths = sass.turns(found.blocks, loop, price, case.work, case.avoid)
+        paths = {key: both for key, both in paths.items() if key[0] and _does(case, key, size)}
         if paths:
             loaded = (min if case.around else max)(key[0] for key in paths)
-            cheap = min((both[0] for key, both in paths.items() if key[0] == loaded), key=_spent)
-            dear = max((both[1] for key, both in paths.items() if key[0] == loaded), key=_spent)
-            several.append((_spent(cheap) / loaded, loaded, cheap, dear, sass.everything(found.blocks, loop, loaded)))
+            choose, i = (min, 0) if case.path == "cheap" else (max, 1)
+            ordinary = choose((both[i] for key, both in paths.items() if key[0] == loaded), key=spent)
+            dear = sass.turns(found.blocks, loop, price)[loaded, 0][1]
+            both = ordinary, dear, sass.everything(found.blocks, loop, loaded)
+            several.append((spent(ordinary) / loaded, loaded, *both))
     if not several:
         raise LookupError(f"{case.name}: no path of the hot loop of {case.kernel} does the work that is looked for")
     _, loaded, *turns = (min if case.pick == "cheap" else max)(several, key=lambda one: one[0])
@@ -133,14 +140,14 @@ def counted(case: Case, arch: int) -> Counted:
     return Counted(case, arch, found, held, [way for i, way in enumerate(ways) if not i or way[1:] != ways[i - 1][1:]])
 
 
-def _spent(turn: sass.Turn) -> float:
-    return sum(map(cost, turn.instructions))
+def _does(case: Case, key: tuple[int, int], size: int) -> bool:
+    loaded, worked = key
+    return not case.work or worked >= case.worked * (loaded // size)
 
 
 def _way(name: str, turn: sass.Turn, elements: float) -> Way:
     counts: Counter[str] = turn.counts()
-    wide = max(one.width for one in turn.instructions if one.loaded)
-    return Way(name, {kind: n / elements for kind, n in counts.items()}, turn.in_flight(), wide)
+    return Way(name, {kind: n / elements for kind, n in counts.items()}, turn.in_flight())
 
 
 def share(case: Case, card: cards.Card, way: Way) -> tuple[float, float]:
@@ -155,19 +162,27 @@ def rows(cases: Sequence[Case]) -> list[list[str]]:
     out = []
     for case in cases:
         one = found[case, SHOWN]
-        names = list(dict.fromkeys(way.name for arch in {c.arch for c in cards.CARDS} for way in found[case, arch].ways))
+        names = list(
+            dict.fromkeys(way.name for arch in {c.arch for c in cards.CARDS} for way in found[case, arch].ways)
+        )
         names = [name for name in ("", "dearest path", "every branch both ways") if name in names]
         for name in names:
             way = _named(one, name)
             n = way.counts
             numbers = [way.instructions, n.get("fp64", 0), n.get("convert64", 0), n.get("fp32", 0)]
             numbers += [n.get("alu", 0) + n.get("mad", 0), n.get("memory", 0)]
-            held = f"{way.in_flight * way.wide * one.threads / 1024:.0f}"
+            held = f"{way.in_flight[1] * one.threads / 1024:.0f}"
             bounds = [share(case, card, _named(found[case, card.arch], name)) for card in cards.CARDS]
             spills = max(found[case, arch].machine.spilled for arch in {card.arch for card in cards.CARDS})
             out.append(
                 [f"{case.name}{': ' if name else ''}{name}", *(f"{x:.1f}".removesuffix(".0") for x in numbers)]
-                + [f"{way.in_flight} x {way.wide} B", str(one.machine.registers), str(one.threads), held, str(spills)]
+                + [
+                    f"{way.in_flight[0]}: {way.in_flight[1]} B",
+                    str(one.machine.registers),
+                    str(one.threads),
+                    held,
+                    str(spills),
+                ]
                 + [percent(*both) for both in bounds]
             )
     return out
@@ -185,7 +200,14 @@ def percent(low: float, high: float) -> str:
 
 
 HEAD = ["per element", "instructions", "FP64", "to and from 64 bits", "FP32, FP16", "integer, logic", "memory"]
-HEAD += ["loads in flight", "registers", "threads an SM", "KB in flight an SM", "spilled", *(c.name for c in cards.CARDS)]
+HEAD += [
+    "loads in flight",
+    "registers",
+    "threads an SM",
+    "KB in flight an SM",
+    "spilled",
+    *(c.name for c in cards.CARDS),
+]
 
 
 def compile_seconds(arch: int) -> float:

@@ -1,8 +1,8 @@
 """Reads the machine code of an NVIDIA GPU as `nvdisasm -c` prints it: blocks, loops, and what one turn of a loop runs.
 
-What a warp runs in a turn depends on its branches: the cheapest path through the loop's body, the dearest, or, where its
-threads part at every branch, all of the body. A predicated instruction is issued whether its predicate holds or not, so
-it is counted.
+What a warp runs in a turn depends on its branches: the cheapest path through the loop's body, the dearest, or, where
+its threads part at every branch, all of the body. A predicated instruction is issued whether its predicate holds or
+not, so it is counted.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ class Block(NamedTuple):
     def loaded(self) -> int:
         return sum(one.loaded for one in self.instructions)
 
+    def named(self, pattern: str) -> int:
+        """How many instructions, without their predicates, begin like this."""
+        return sum(bool(re.match(pattern, f"{one.opcode} {one.operands}")) for one in self.instructions if pattern)
+
 
 class Loop(NamedTuple):
     head: int
@@ -126,7 +130,7 @@ def blocks_of(text: str, name: str) -> list[Block]:
 
 
 def _dominators(blocks: Sequence[Block]) -> tuple[dict[int, int], list[list[int]]]:
-    """Of each block that can be reached, as bits, the blocks through which every way to it leads; and the blocks before."""
+    """Of each block that is reached, as bits, the blocks through which every way to it leads; and the blocks before."""
     order, seen, stack = [], {0}, [(0, iter(blocks[0].after))]
     while stack:
         i, rest = stack[-1]
@@ -142,7 +146,7 @@ def _dominators(blocks: Sequence[Block]) -> tuple[dict[int, int], list[list[int]
         for j in blocks[i].after:
             before[j].append(i)
     full = (1 << len(blocks)) - 1
-    found = {i: full for i in order} | {0: 1}
+    found = dict.fromkeys(order, full) | {0: 1}
     changed = True
     while changed:
         changed = False
@@ -185,45 +189,47 @@ class Turn(NamedTuple):
     def counts(self) -> Counter[str]:
         return Counter(one.kind for one in self.instructions)
 
-    def in_flight(self) -> int:
-        """How many loads at most are issued while none of their registers was named, from one turn to the next."""
-        waiting: list[set[int]] = []
-        most = 0
+    def in_flight(self) -> tuple[int, int]:
+        """How many loads at most, and bytes, wait at once, their registers not named yet: from one turn to the next."""
+        waiting: list[tuple[set[int], int]] = []
+        most = (0, 0)
         for one in self.instructions * 2:
             named = one.registers()
             if one.loaded and one.name != "LDGSTS":
-                to = int((_REGISTER.search(one.operands) or ["", "-1"])[1])
-                waiting = [registers for registers in waiting if not registers & (named - {to})]
-                waiting.append(set(range(to, to + max(1, one.width // 4))))
-                most = max(most, len(waiting))
+                first = _REGISTER.search(one.operands)
+                to = int(first[1]) if first else -1
+                filled = set(range(to, to + max(1, one.width // 4)))
+                named = (named - {to}) | filled
+                waiting = [other for other in waiting if not other[0] & named]
+                waiting.append((filled, one.width))
+                most = max(most, (len(waiting), sum(width for _, width in waiting)))
             else:
-                waiting = [registers for registers in waiting if not registers & named]
+                waiting = [other for other in waiting if not other[0] & named]
         return most
 
 
+Cost = Callable[[Instruction], float]
 Path = tuple[float, tuple[int, ...]]  # the cost and the blocks
 
 
 def turns(
-    blocks: Sequence[Block], loop: Loop, cost: Callable[[Instruction], float], work: str = ""
+    blocks: Sequence[Block], loop: Loop, cost: Cost, work: str = "", avoid: str = ""
 ) -> dict[tuple[int, int], tuple[Turn, Turn]]:
     """The cheapest and the dearest paths through a loop's body; loops inside turn once.
 
     For each number of bytes that a path may load, and of instructions that the pattern `work` names: paths differ by
-    what they do, and the cheapest may be one that does nothing.
+    what they do, and the cheapest may be one that does nothing. Those through an instruction of the pattern `avoid` are
+    left out.
     """
     over, before = _dominators(blocks)
     price = {i: sum(map(cost, blocks[i].instructions)) for i in loop.body}
-    done = {
-        i: (blocks[i].loaded, sum(bool(work and re.fullmatch(work, one.opcode)) for one in blocks[i].instructions))
-        for i in loop.body
-    }
+    done = {i: (blocks[i].loaded, blocks[i].named(work)) for i in loop.body}
     ways: dict[int, dict[tuple[int, int], tuple[Path, Path]]] = {}
     ends: dict[tuple[int, int], list[Path]] = {}
     for i in _downwards(blocks, loop, over):
         found: dict[tuple[int, int], list[Path]] = {(0, 0): [(0.0, ())]} if i == loop.head else {}
         for j in before[i]:
-            if i != loop.head and j in ways and not over[j] >> i & 1:
+            if i != loop.head and j in ways and not over[j] >> i & 1 and not blocks[i].named(avoid):
                 for key, both in ways[j].items():
                     found.setdefault(key, []).extend(both)
         ways[i] = {}
