@@ -173,7 +173,7 @@ def loops(blocks: Sequence[Block]) -> list[Loop]:
                     if j not in body:
                         body.add(j)
                         stack.extend(before[j])
-    found = []
+    found: list[Loop] = []
     for head, body in sorted(bodies.items(), key=lambda item: len(item[1])):
         inner = frozenset().union(*(loop.body for loop in found if loop.body < body))
         found.append(Loop(head, frozenset(body), inner))

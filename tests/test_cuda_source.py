@@ -6,29 +6,20 @@ stands in docs/tested.md; what the kernels compute is tested in test_cupy_kernel
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
-import importlib.util
 import math
-import os
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 
-import gradclip
+pytest.importorskip("benchmarks.nvrtc", reason="benchmarks/ is not beside these tests")
+
+from benchmarks import nvrtc
+from benchmarks.nvrtc import architectures, compiled
 from gradclip._norms import Norm, TwoNorm, norm_for
 
-if importlib.util.find_spec("cupy") is None:
-    # The package itself imports CuPy; what writes and lays out text for it does not, and is here without it.
-    package = ModuleType("gradclip._backends.cupy")
-    package.__path__ = [str(Path(gradclip.__file__).parent / "_backends" / "cupy")]
-    sys.modules.setdefault(package.__name__, package)
+nvrtc.without_cupy()
 
 from gradclip._backends.cupy import expressions as xp
 from gradclip._backends.cupy import programs, table, tiles
@@ -191,48 +182,7 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
 NEEDED = (70, 75, 80, 86, 89, 90, 100, 103, 120)
 
 
-def _nvrtc() -> Any:
-    """NVRTC as PyPI has it: the library's path is among the distribution's files. Else why there is none."""
-    if "cupycpu" in os.environ.get("LD_PRELOAD", ""):
-        return "emulated devices stand in for NVIDIA's libraries: run this file without them"
-    for name in ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"):
-        try:
-            files = importlib.metadata.files(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for file in files:
-            if re.fullmatch(r"libnvrtc\.so\.\d+|nvrtc64_\d+_0\.dll", file.name):
-                return ctypes.CDLL(str(file.locate()))
-    return "NVRTC is not installed: pip install 'gradclip[nvrtc]'"
-
-
-NVRTC = _nvrtc()
-needs_nvrtc = pytest.mark.skipif(isinstance(NVRTC, str), reason=str(NVRTC))
-
-
-def architectures() -> list[int]:
-    n = ctypes.c_int()
-    assert NVRTC.nvrtcGetNumSupportedArchs(ctypes.byref(n)) == 0
-    found = (ctypes.c_int * n.value)()
-    assert NVRTC.nvrtcGetSupportedArchs(found) == 0
-    return list(found)
-
-
-def compiled(source: str, arch: str, *options: str) -> tuple[bytes, str]:
-    """The machine code (PTX for a virtual architecture; empty if it fails) and the log. CuPy's options are given."""
-    given = [f"-arch={arch}", "-ftz=true", "--device-as-default-execution-space", *options]
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert NVRTC.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
-    status = NVRTC.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*map(str.encode, given)))
-    kind = "ProgramLog", "PTX" if arch.startswith("compute") else "CUBIN"
-    texts = []
-    for what in kind if status == 0 else kind[:1]:
-        assert getattr(NVRTC, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
-        room = ctypes.create_string_buffer(size.value)
-        assert getattr(NVRTC, f"nvrtcGet{what}")(program, room) == 0
-        texts.append(room.raw)
-    NVRTC.nvrtcDestroyProgram(ctypes.byref(program))
-    return texts[1] if status == 0 else b"", texts[0].decode().strip("\0")
+needs_nvrtc = pytest.mark.skipif(isinstance(nvrtc.library(), str), reason=str(nvrtc.library()))
 
 
 def programs_of(norm: Norm) -> Iterator[tuple[str, str, list[str]]]:
