@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
 from typing import NamedTuple
 
-from benchmarks.nvrtc import without_cupy
-from gradclip._norms import norm_for
-
-without_cupy()
-
-from gradclip._backends.cupy import programs  # noqa: E402
-from gradclip._backends.cupy.text import KEPT, ONE, THREADS, WHOLE  # noqa: E402
-
-__all__ = ["CASES", "SIZES", "THREADS", "Case", "first_clip"]
+from benchmarks import nvrtc  # noqa: F401 - before what writes CUDA C, which it makes importable
+from gradclip._backends.cupy import programs
+from gradclip._backends.cupy.numbers import KINDS, REAL
+from gradclip._backends.cupy.text import KEPT, LEAVES, ONE, WHOLE
+from gradclip._norms import Norm, norm_for
 
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -86,3 +83,32 @@ def first_clip(kind: str = "float32") -> list[tuple[str, str, tuple[str, ...]]]:
         ("gradclip_settle", programs.settle(norm), ("--fmad=false",)),
         ("gradclip_scale", programs.scale((kind,), ONE), ()),
     ]
+
+
+def _together(kinds: Iterable[str], most: int) -> Iterator[tuple[str, ...]]:
+    """Which dtypes may be in one tree: up to so many."""
+    for n in range(1, most + 1):
+        yield from combinations(kinds, n)
+
+
+def of_norm(p: float | str, most: int) -> set[str]:
+    """The sources that a norm may need, for trees of up to so many dtypes."""
+    norm = norm_for(p, binned=True)
+    return _measuring(norm, most) | {programs.settle(norm)}
+
+
+def of_the_rest(most: int) -> set[str]:
+    """The sources that are the same for every norm: scaling, sums of examples, given norms, rows of bounds, counts."""
+    found = {programs.settle(None), programs.row()} | _measuring(programs.Census(), most)
+    for kinds in _together(REAL, min(most, len(REAL))):
+        found |= {programs.weighted(kinds), *(programs.scale(kinds, grouped) for grouped in LEAVES)}
+    return found
+
+
+def _measuring(norm: Norm, most: int) -> set[str]:
+    found = set()
+    for step in range(len(norm.ops)):
+        found.add(programs.joined(norm, step))
+        for kinds in _together(KINDS, most):
+            found |= {programs.measure(norm, step, kinds), programs.spread(norm, step, kinds)}
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import cards, nvrtc, sass
-from benchmarks.cuda_cases import CASES, SIZES, THREADS, Case, first_clip
+from benchmarks.cuda_cases import CASES, SIZES, Case, first_clip, of_norm, of_the_rest
+from gradclip._backends.cupy.text import THREADS
 
-ARCHS = (75, 80, 86, 89, 90, 120)
 #: Counts are shown for this one.
 SHOWN = 80
 UNSAID = """What such a model cannot say: how long loads take and whether enough of them are in flight to hide it (the
@@ -219,6 +220,13 @@ def compile_seconds(arch: int) -> float:
     return time.perf_counter() - begun
 
 
+def reachable() -> str:
+    """How many programs there are, by norm; a norm of another p has as many as p = 3."""
+    counts = {f"p = {p}" if p != "rms" else p: (of_norm(p, 1), of_norm(p, 6)) for p in (2.0, "rms", 1.0, math.inf, 3.0)}
+    counts["for all norms"] = of_the_rest(1), of_the_rest(6)
+    return ", ".join(f"{name} {len(one)} and {len(several)}" for name, (one, several) in counts.items())
+
+
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_model", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
@@ -238,6 +246,7 @@ def main(given: list[str] | None = None) -> int:
     seconds = ", ".join(f"sm_{arch} {compile_seconds(arch):.2f} s" for arch in (75, 80, 90))
     print(f"\nCounts as compiled by NVRTC {nvrtc.version()} for sm_{SHOWN}; shares for each card's own architecture.")
     print(f"First clip at p = 2 of float32 leaves, {len(first_clip())} programs: {seconds}.")
+    print("Programs that can be reached, by trees of one dtype and of any: " + reachable())
     print(UNSAID)
     return 0
 

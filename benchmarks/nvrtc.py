@@ -1,4 +1,7 @@
-"""NVIDIA's compiler without a GPU: NVRTC as PyPI has it (`nvidia-cuda-nvrtc-cu12`), reached through ctypes."""
+"""NVIDIA's compiler without a GPU: NVRTC as PyPI has it (`nvidia-cuda-nvrtc-cu12`), reached through ctypes.
+
+Whoever imports this can import what writes CUDA C, with or without CuPy.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,11 @@ CUPY = ("-ftz=true", "--device-as-default-execution-space")
 NOT_INSTALLED = "NVRTC is not installed: pip install 'gradclip[nvrtc]'"
 
 
-def without_cupy() -> None:
-    """Make the modules that write CUDA C importable where CuPy, which the package around them imports, is missing."""
-    if importlib.util.find_spec("cupy") is None:
-        package = ModuleType("gradclip._backends.cupy")
-        package.__path__ = [str(Path(str(gradclip.__file__)).parent / "_backends" / "cupy")]
-        sys.modules.setdefault(package.__name__, package)
+if importlib.util.find_spec("cupy") is None:
+    # The package itself imports CuPy; what writes and lays out text for it does not, and is here without it.
+    package = ModuleType("gradclip._backends.cupy")
+    package.__path__ = [str(Path(str(gradclip.__file__)).parent / "_backends" / "cupy")]
+    sys.modules.setdefault(package.__name__, package)
 
 
 @cache
