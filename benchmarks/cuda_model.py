@@ -27,11 +27,13 @@ from gradclip._backends.cupy.text import THREADS
 
 #: Counts are shown for this one.
 SHOWN = 80
+#: The ways through a loop: that of ordinary data has no name.
+ORDER = ("", "dearest path", "every branch both ways")
 UNSAID = """What such a model cannot say: how long loads take and whether enough of them are in flight to hide it (the
 column "KB in flight" has what an SM holds); what caches give and take; how much of its bandwidth a DRAM gives at all
 (about nine tenths); clocks under load, which are below the boost clocks taken here; the ends of grids, launches and the
-host; whether two kinds of instructions that share a port wait for each other. It is a bound from above: no card does
-better, and one may do worse."""
+host; leaves and chunks so short that the hot loop hardly turns; whether two kinds of instructions wait for each other.
+It is a bound from above: no card does better, and one may do worse."""
 
 
 def disassembler() -> Path | str:
@@ -135,8 +137,7 @@ def counted(case: Case, arch: int) -> Counted:
     if not several:
         raise LookupError(f"{case.name}: no path of the hot loop of {case.kernel} does the work that is looked for")
     _, loaded, *turns = (min if case.pick == "cheap" else max)(several, key=lambda one: one[0])
-    names = ("", "dearest path", "every branch both ways")
-    ways = [_way(name, turn, loaded / size) for name, turn in zip(names, turns, strict=True)]
+    ways = [_way(name, turn, loaded / size) for name, turn in zip(ORDER, turns, strict=True)]
     held = cards.threads_per_sm(arch, found.registers, found.shared, THREADS)
     return Counted(case, arch, found, held, [way for i, way in enumerate(ways) if not i or way[1:] != ways[i - 1][1:]])
 
@@ -155,51 +156,6 @@ def share(case: Case, card: cards.Card, way: Way) -> tuple[float, float]:
     return cards.shares(card, way.counts, case.passes * SIZES[case.kind])
 
 
-def rows(cases: Sequence[Case]) -> list[list[str]]:
-    """The table: a row for each way through the hot loop of each case."""
-    needed = [(case, arch) for case in cases for arch in sorted({SHOWN, *(card.arch for card in cards.CARDS)})]
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip(needed, pool.map(lambda one: counted(*one), needed), strict=True))
-    out = []
-    for case in cases:
-        one = found[case, SHOWN]
-        names = list(
-            dict.fromkeys(way.name for arch in {c.arch for c in cards.CARDS} for way in found[case, arch].ways)
-        )
-        names = [name for name in ("", "dearest path", "every branch both ways") if name in names]
-        for name in names:
-            way = _named(one, name)
-            n = way.counts
-            numbers = [way.instructions, n.get("fp64", 0), n.get("convert64", 0), n.get("fp32", 0)]
-            numbers += [n.get("alu", 0) + n.get("mad", 0), n.get("memory", 0)]
-            held = f"{way.in_flight[1] * one.threads / 1024:.0f}"
-            bounds = [share(case, card, _named(found[case, card.arch], name)) for card in cards.CARDS]
-            spills = max(found[case, arch].machine.spilled for arch in {card.arch for card in cards.CARDS})
-            out.append(
-                [f"{case.name}{': ' if name else ''}{name}", *(f"{x:.1f}".removesuffix(".0") for x in numbers)]
-                + [
-                    f"{way.in_flight[0]}: {way.in_flight[1]} B",
-                    str(one.machine.registers),
-                    str(one.threads),
-                    held,
-                    str(spills),
-                ]
-                + [percent(*both) for both in bounds]
-            )
-    return out
-
-
-def _named(one: Counted, name: str) -> Way:
-    """The way of this name; where it is like the one before it, that."""
-    order = ("", "dearest path", "every branch both ways")
-    return [way for way in one.ways if order.index(way.name) <= order.index(name)][-1]
-
-
-def percent(low: float, high: float) -> str:
-    low, high = (int(100 * x + 0.5) for x in (low, high))
-    return str(low) if low == high else f"{low}-{high}"
-
-
 HEAD = ["per element", "instructions", "FP64", "to and from 64 bits", "FP32, FP16", "integer, logic", "memory"]
 HEAD += [
     "loads in flight",
@@ -209,6 +165,49 @@ HEAD += [
     "spilled",
     *(c.name for c in cards.CARDS),
 ]
+#: The columns of the short table.
+SHORT = [i for i, name in enumerate(HEAD) if i < 4 or name in {card.name for card in cards.CARDS}]
+
+
+def rows(cases: Sequence[Case]) -> list[list[str]]:
+    """The table: a row for each way through the hot loop of each case. Raises LookupError."""
+    archs = sorted({SHOWN, *(card.arch for card in cards.CARDS)})
+    needed = [(case, arch) for case in cases for arch in archs]
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(needed, pool.map(lambda one: counted(*one), needed), strict=True))
+    out = []
+    for case in cases:
+        several = {arch: found[case, arch] for arch in archs}
+        names = {way.name for one in several.values() for way in one.ways}
+        out += [_row(case, several, name) for name in ORDER if name in names]
+    return out
+
+
+def _row(case: Case, several: dict[int, Counted], name: str) -> list[str]:
+    one = several[SHOWN]
+    way = _named(one, name)
+    n = Counter(way.counts)
+    numbers = way.instructions, n["fp64"], n["convert64"], n["fp32"], n["alu"] + n["mad"], n["memory"]
+    loads, loaded = way.in_flight
+    machine = [str(one.machine.registers), str(one.threads), f"{loaded * one.threads / 1024:.0f}"]
+    return [
+        f"{case.name}: {name}" if name else case.name,
+        *(f"{x:.1f}".removesuffix(".0") for x in numbers),
+        f"{loads}: {loaded} B",
+        *machine,
+        str(max(found.machine.spilled for found in several.values())),
+        *(percent(*share(case, card, _named(several[card.arch], name))) for card in cards.CARDS),
+    ]
+
+
+def _named(one: Counted, name: str) -> Way:
+    """The way of this name; where it is like the one before it, that."""
+    return [way for way in one.ways if ORDER.index(way.name) <= ORDER.index(name)][-1]
+
+
+def percent(low: float, high: float) -> str:
+    low, high = (int(100 * x + 0.5) for x in (low, high))
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def compile_seconds(arch: int) -> float:
@@ -230,17 +229,20 @@ def reachable() -> str:
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_model", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="the table in Markdown")
+    parser.add_argument("--short", action="store_true", help="fewer columns")
     parser.add_argument("--only", metavar="TEXT", default="", help="the cases whose names hold this")
     asked = parser.parse_args(given)
     if missing():
         print(missing(), file=sys.stderr)
         return 1
     table = [HEAD, *rows([case for case in CASES if asked.only in case.name])]
+    if asked.short:
+        table = [[row[i] for i in SHORT] for row in table]
     if asked.markdown:
         lines = ["| " + " | ".join(row) + " |" for row in table]
-        print("\n".join([lines[0], "| --- " + "| ---: " * (len(HEAD) - 1) + "|", *lines[1:]]))
+        print("\n".join([lines[0], "| --- " + "| ---: " * (len(table[0]) - 1) + "|", *lines[1:]]))
     else:
-        widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         for row in table:
             print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
     seconds = ", ".join(f"sm_{arch} {compile_seconds(arch):.2f} s" for arch in (75, 80, 90))
