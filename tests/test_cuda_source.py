@@ -6,37 +6,28 @@ stands in docs/tested.md; what the kernels compute is tested in test_cupy_kernel
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
-import importlib.util
 import math
-import os
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-import gradclip
-from gradclip._norms import Norm, TwoNorm, norm_for
+pytest.importorskip("benchmarks.nvrtc", reason="benchmarks/ is not beside these tests")
 
-if importlib.util.find_spec("cupy") is None:
-    # The package itself imports CuPy; what writes and lays out text for it does not, and is here without it.
-    package = ModuleType("gradclip._backends.cupy")
-    package.__path__ = [str(Path(gradclip.__file__).parent / "_backends" / "cupy")]
-    sys.modules.setdefault(package.__name__, package)
-
+from benchmarks import nvrtc
+from benchmarks.nvrtc import architectures, compiled
 from gradclip._backends.cupy import expressions as xp
 from gradclip._backends.cupy import programs, table, tiles
 from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, REAL
 from gradclip._backends.cupy.text import LEAVES, ONE, WHOLE
+from gradclip._norms import Norm, TwoNorm, norm_for
+from gradclip._scaled import RANGES
 
 INF = math.inf
+NARROW = tuple(kind for kind in KINDS if KINDS[kind].component != "float64")
 NORMS = [2.0, "rms", 1.0, 0.0, 3.0, 0.5, INF, -INF, -1.0, 1000.0]
 
 # -- expressions -----------------------------------------------------------------------------------------------
@@ -112,11 +103,33 @@ def test_a_branch_on_an_expression_is_refused():
 
 
 def test_what_is_written_is_the_norm():
-    """The plain sum of squares for narrow leaves; three bins, summed exactly, for others."""
-    narrow, wide = programs.measure(TwoNorm(), 0, ("float32",)), programs.measure(TwoNorm(), 0, ("complex128",))
-    assert re.search(r"= re \* re;\s+s\[1\] \+= v\d+;\s+}\);", narrow)
-    assert "s[0]" not in narrow.split("gather_float32")[1].split("gradclip_measure")[0]
-    assert len(re.findall(r"add\(s\[[012]\], c\[[012]\], v\d+\);", wide)) == 3
+    """A plain sum of squares for narrow leaves; of large ones, and of wide ones, the term of a few at a time."""
+    narrow, quick = (programs.measure(TwoNorm(), 0, ("float32",), quick) for quick in (False, True))
+    assert re.search(r"= re \* re;\s+s\[1\] \+= v\d+;\s+}\s*}\);", narrow)
+    assert "contribute" not in narrow
+    assert re.search(r"R term\(R x\) {\s+const R v0 = x \* x;\s+return v0;", quick)
+    assert "contribute(x, s, c)" in quick.split("gather_float32")[1]
+    wide = programs.measure(TwoNorm(), 0, ("complex128",))
+    assert "contribute(x, s, c)" in wide.split("gather_complex128")[1]
+    assert wide == programs.measure(TwoNorm(), 0, ("complex128",), True)
+
+
+def test_sums_are_safe_from_what_is_lost_to_what_overflows():
+    """Below, squares that underflow are too small to see; above, there is inf, or no room for 2**48 of them in a bin.
+
+    And what is scaled by a step is within these again, be it a first subnormal or a last finite number.
+    """
+    unit = {"float": Fraction(2) ** -126, "double": Fraction(2) ** -1074}  # flushed below, or rounded to
+    bits = {"float": 24, "double": 53}
+    for real, (least, most) in programs._SAFE.items():
+        r = RANGES["float32" if real == "float" else "float64"]
+        few = 4 if real == "float" else 2
+        assert few * unit[real] / Fraction(least) <= Fraction(2) ** -(bits[real] + 2)
+        assert Fraction(2) ** 48 * Fraction(least) <= Fraction(r.thin) * Fraction(2) ** -bits[real] or real == "float"
+        assert few * Fraction(least) * Fraction(r.step) ** 2 < Fraction(r.largest)
+        assert few * (Fraction(r.largest) / Fraction(r.step)) ** 2 < Fraction(r.largest)
+        assert Fraction(2) ** 48 * Fraction(most) < Fraction(r.largest) or real == "float"
+        assert Fraction(2) ** -(149 if real == "float" else 1074) * Fraction(r.step) > Fraction(r.tiny)
 
 
 def test_programs_are_written_once():
@@ -145,14 +158,13 @@ def test_bins_are_no_matter_of_the_program():
 def test_what_all_elements_add_alike_is_counted_once_a_chunk():
     """The number of elements, for their mean: not a 1 for each; and 0 is not added at all."""
     for kernel in (programs.measure, programs.spread):
-        source = kernel(norm_for("rms", True), 0, ("float32",))
-        before, inside = source.split("__forceinline__ void gather_float32")[1].split("each(p, n, [&]")
-        assert "s[3] += 1.0 * elements;" in before
-        assert "s[3]" not in inside.split("});")[0]
-        assert (
-            "elements"
-            not in kernel(TwoNorm(), 0, ("float32",)).split("gather_float32")[1].split("{", 1)[1].split("}\n")[0]
-        )
+        for quick in (False, True):
+            source = kernel(norm_for("rms", True), 0, ("float32",), quick)
+            before, inside = source.split("__forceinline__ void gather_float32")[1].split("each<4>(p, n, [&]")
+            assert "merge(s[3], c[3], 1.0 * elements, 0.0);" in before
+            assert "s[3]" not in inside.split("});")[0]
+            plain = kernel(TwoNorm(), 0, ("float32",), quick).split("void gather_float32")[1].split("{", 1)[1]
+            assert "elements" not in plain.split("\n}\n")[0]
 
 
 # -- tables ---------------------------------------------------------------------------------------------------
@@ -164,10 +176,9 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
     assert table.TABLE[grouped].itemsize + 9 * 8 <= 4096  # and the other parameters
     most = table.LONGEST
     lengths = [most, 1, most - 5, most // 4 + 3, most, 65536, 4096, most, 7] + [2**20 + 1] * 600 + [most] * 600
-    if grouped == KEPT:  # such leaves are not cut
-        lengths += [2**34 + 3, 2**31]
+    sizes = [2, 2, 4, 8, 8, 16]
     lines = sorted(
-        (i % 3, i % 7 if grouped else 0, 4096 * i, n, i, *((i % 5 + 1, 2**33 + i) if grouped == KEPT else (1, 1)))
+        (i % 6, i % 7 if grouped else 0, 4096 * i, n // sizes[i % 6] or 1, sizes[i % 6], i)
         for i, n in enumerate(lengths)
     )
     held = []
@@ -178,10 +189,9 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
         for i in range(n):
             chunks = ends[i] - int(one["first"][i])
             kind = int(np.searchsorted(one["until"], i, side="right"))
-            length = (chunks - 1) * 2**bits + int(one["last"][i]) + 1
+            length = (chunks - 1) * (2**bits // sizes[kind]) + int(one["last"][i]) + 1
             group = int(one["group"][i]) if grouped else 0
-            kept = (int(one["length"][i]), int(one["inner"][i])) if grouped == KEPT else (1, 1)
-            held.append((kind, group, int(one["from"][i]), length, int(one["to"][i]), *kept))
+            held.append((kind, group, int(one["from"][i]), length, sizes[kind], int(one["to"][i])))
     assert held == lines
 
 
@@ -190,62 +200,25 @@ def test_tables_of_long_leaves_hold_every_element_once(grouped: int) -> None:
 NEEDED = (70, 75, 80, 86, 89, 90, 100, 103, 120)
 
 
-def _nvrtc() -> Any:
-    """NVRTC as PyPI has it: the library's path is among the distribution's files. Else why there is none."""
-    if "cupycpu" in os.environ.get("LD_PRELOAD", ""):
-        return "emulated devices stand in for NVIDIA's libraries: run this file without them"
-    for name in ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc"):
-        try:
-            files = importlib.metadata.files(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for file in files:
-            if re.fullmatch(r"libnvrtc\.so\.\d+|nvrtc64_\d+_0\.dll", file.name):
-                return ctypes.CDLL(str(file.locate()))
-    return "NVRTC is not installed: pip install 'gradclip[nvrtc]'"
-
-
-NVRTC = _nvrtc()
-needs_nvrtc = pytest.mark.skipif(isinstance(NVRTC, str), reason=str(NVRTC))
-
-
-def architectures() -> list[int]:
-    n = ctypes.c_int()
-    assert NVRTC.nvrtcGetNumSupportedArchs(ctypes.byref(n)) == 0
-    found = (ctypes.c_int * n.value)()
-    assert NVRTC.nvrtcGetSupportedArchs(found) == 0
-    return list(found)
-
-
-def compiled(source: str, arch: str, *options: str) -> tuple[bytes, str]:
-    """The machine code (PTX for a virtual architecture; empty if it fails) and the log. CuPy's options are given."""
-    given = [f"-arch={arch}", "-ftz=true", "--device-as-default-execution-space", *options]
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert NVRTC.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
-    status = NVRTC.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*map(str.encode, given)))
-    kind = "ProgramLog", "PTX" if arch.startswith("compute") else "CUBIN"
-    texts = []
-    for what in kind if status == 0 else kind[:1]:
-        assert getattr(NVRTC, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
-        room = ctypes.create_string_buffer(size.value)
-        assert getattr(NVRTC, f"nvrtcGet{what}")(program, room) == 0
-        texts.append(room.raw)
-    NVRTC.nvrtcDestroyProgram(ctypes.byref(program))
-    return texts[1] if status == 0 else b"", texts[0].decode().strip("\0")
+needs_nvrtc = pytest.mark.skipif(isinstance(nvrtc.library(), str), reason=str(nvrtc.library()))
 
 
 def programs_of(norm: Norm) -> Iterator[tuple[str, str, list[str]]]:
     """Every kernel for a norm: its name, its source and CuPy's options."""
     for step in range(len(norm.ops)):
         yield "gradclip_measure", programs.measure(norm, step, tuple(KINDS)), []
+        yield "gradclip_measure", programs.measure(norm, step, NARROW, True), []
         yield "gradclip_spread", programs.spread(norm, step, tuple(KINDS)), []
+        yield "gradclip_spread", programs.spread(norm, step, NARROW, True), []
         yield "gradclip_join", programs.joined(norm, step), []
     if not isinstance(norm, programs.Census):
         yield "gradclip_settle", programs.settle(norm), ["--fmad=false"]
 
 
 OTHERS = [
-    *(("gradclip_scale", programs.scale(tuple(REAL), grouped), []) for grouped in LEAVES),
+    *(("gradclip_scale", programs.scale(tuple(REAL), grouped), []) for grouped in (ONE, WHOLE)),
+    ("gradclip_scale_spread", programs.scale_spread(tuple(REAL)), []),
+    ("gradclip_clamp", programs.clamp(tuple(REAL)), []),
     ("gradclip_weighted", programs.weighted(tuple(REAL)), []),
     ("gradclip_settle", programs.settle(None), ["--fmad=false"]),
     ("gradclip_row", programs.row(), []),
@@ -270,8 +243,8 @@ def test_every_kernel_compiles(arch: int, p: float) -> None:
 @needs_nvrtc
 def test_the_compiler_sees_errors_and_the_table_is_as_the_host_lays_it_out() -> None:
     arch = max(set(NEEDED) & set(architectures()))
-    sources = [programs.scale(("float32",), grouped) for grouped in LEAVES]
-    for source in (*sources, programs.spread(TwoNorm(), 0, ("float32",))):
+    sources = [programs.scale(("float32",), grouped) for grouped in (ONE, WHOLE)]
+    for source in (*sources, programs.spread(TwoNorm(), 0, ("float32",)), programs.weighted(("float32",))):
         code, log = compiled(source.replace("unsigned to[", "u64 to["), f"sm_{arch}")
         assert code == b""
         assert "the host lays it out otherwise" in log
@@ -281,12 +254,14 @@ def test_the_compiler_sees_errors_and_the_table_is_as_the_host_lays_it_out() -> 
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
 def test_loads_are_wide_and_the_table_is_not_copied(kind: str) -> None:
     """16 bytes are loaded and stored at a time, and the table is read where it came: no thread has a copy of it."""
-    scaling = [programs.scale((kind,), grouped) for grouped in LEAVES]
-    for source in (programs.measure(TwoNorm(), 0, (kind,)), *scaling):
+    scaling = [programs.scale((kind,), grouped) for grouped in (ONE, WHOLE)]
+    scaling += [programs.scale_spread((kind,)), programs.clamp((kind,))]
+    measuring = [programs.measure(TwoNorm(), 0, (kind,), quick) for quick in (False, True)]
+    for source in (*measuring, programs.spread(TwoNorm(), 0, (kind,), True), *scaling):
         code, log = compiled(source, "compute_80")
         assert re.search(rb"ld\.global\.v(4\.u32|2\.[uf]64)", code), log
         assert b".local" not in code
-        assert b"st.global.v" in code or b"gradclip_measure" in code
+        assert b"st.global.v" in code or source not in scaling
 
 
 @needs_nvrtc
