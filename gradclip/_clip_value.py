@@ -83,8 +83,5 @@ def _clipped(grads: Tree, clip_value: Any, in_place: bool) -> Tree:
     if in_place:
         refuse_unwritable(flat, backend.doubtful(leaves), "clip_grad_value")
     with backend.session(leaves, in_place):
-        clamped = [backend.clamp(leaf, low, high) for leaf, (low, high) in zip(leaves, pairs, strict=True)]
-        if in_place:
-            for leaf, new in zip(flat.values, clamped, strict=True):
-                leaf[...] = new
-        return None if in_place else flat.rebuild(clamped)
+        clamped = backend.clamp(leaves, pairs, in_place)
+        return None if in_place else flat.rebuild(list(clamped))

@@ -55,6 +55,11 @@ class Groups:
     shapes: tuple[tuple[int, ...], ...]
     wide: tuple[bool, ...]
 
+    @classmethod
+    def of_leaves(cls, n: int) -> Groups:
+        """Each leaf a group, of float32 norm."""
+        return cls(tuple(range(n)), (None,) * n, ((),) * n, (False,) * n)
+
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """How many groups each block has."""

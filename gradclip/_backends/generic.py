@@ -198,8 +198,19 @@ class Backend(OneLeaf):
                     known[place] = [self.move(xp.reshape(x, shape if x.ndim else ()), device) for x in own]
                 yield leaf, known[place]
 
-    def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
-        """min(max(leaf, low), high), `low` None for -high. NaN stays NaN, and a NaN bound gives NaN."""
+    def clamp(self, leaves: Sequence[Array], pairs: Sequence[tuple[Any, Any]], in_place: bool) -> Sequence[Array]:
+        """min(max(x, low), high) for each leaf with its pair, `low` None for -high; in place, one after the other.
+
+        NaN stays NaN, and a NaN bound gives NaN.
+        """
+        if not in_place:
+            return [self._clamped(leaf, *pair) for leaf, pair in zip(leaves, pairs, strict=True)]
+        for leaf, pair in zip(leaves, pairs, strict=True):
+            with on(array_api_compat.device(leaf)):
+                leaf[...] = self._clamped(leaf, *pair)
+        return leaves
+
+    def _clamped(self, leaf: Array, low: Any, high: Any) -> Array:
         xp = self.xp
         device = array_api_compat.device(leaf)
         with on(device):

@@ -29,15 +29,7 @@ from gradclip._backends.cupy.compiler import NotCompiled
 from gradclip._backends.cupy.devices import move
 from gradclip._backends.cupy.graphs import recording
 from gradclip._backends.cupy.laid import Laid, laid_out
-from gradclip._backends.cupy.scaling import (
-    Scaling,
-    dtype_of_sum,
-    scale_apart,
-    scale_in_place,
-    scaling,
-    weigh,
-    weighting,
-)
+from gradclip._backends.cupy.scaling import Launch, clamping, dtype_of_sum, scaling, weigh, weighting, written
 from gradclip._backends.cupy.text import TURNS
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
@@ -176,15 +168,28 @@ class CupyBackend(Backend):
         out: list[Array] = list(leaves)
         for part, (kernel, grouped) in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
-                how = Scaling(kernel, grouped, groups, [NULL if x is None else _here(x) for x in factors])
-                if in_place:
-                    for some, copied in (part if grouped else part.merged()).in_place():
-                        scale_in_place(some, copied, how)
-                    continue
-                for some in part.by_outputs(part.nbytes):
-                    for i, x in zip(some.here, scale_apart(some, how), strict=True):
-                        out[i] = x
+                how = Launch(kernel, grouped, groups, [NULL if x is None else _here(x) for x in factors])
+                for i, x in written(part, how, in_place).items():
+                    out[i] = x
         return leaves if in_place else out
+
+    def clamp(self, leaves: Sequence[Array], pairs: Sequence[tuple[Any, Any]], in_place: bool) -> Sequence[Array]:
+        """Where bounds are numbers, all leaves together."""
+        numbers = [bounds_of.numbers_of(pair) for pair in pairs]
+        held = [(0.0, 0.0) if pair is None else pair for pair in numbers]
+        out: list[Any] = [None] * len(leaves)
+        for part in laid_out(leaves).parts:
+            some = part.only([k for k, i in enumerate(part.here) if numbers[i]])
+            if some.leaves:
+                with cupy.cuda.Device(part.device), suppress(NotCompiled):
+                    found = written(some, clamping(some, held), in_place)
+                    for i in some.here:
+                        out[i] = found.get(i, leaves[i])
+        rest = [i for i, x in enumerate(out) if x is None]
+        others = super().clamp([leaves[i] for i in rest], [pairs[i] for i in rest], in_place)
+        for i, x in zip(rest, others, strict=True):
+            out[i] = x
+        return out
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
         """As the reference, in double precision. A thread goes down the examples of one element of the result.
@@ -220,8 +225,7 @@ class CupyBackend(Backend):
         """Counted by the kernels that measure: no memory is needed but some columns."""
         if finite.get().all():
             return None
-        n = len(leaves)
-        each = Groups(tuple(range(n)), (None,) * n, ((),) * n, (False,) * n)
+        each = Groups.of_leaves(len(leaves))
         nans, infs = self.partial(leaves, programs.Census(), each, ()).get().tolist()
         return [(int(nan), int(inf)) for nan, inf in zip(nans, infs, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, groupby
@@ -41,6 +42,19 @@ def number(value: Any, device: Any) -> Scaled:
     for (x, n), start in zip(several, starts, strict=False):
         out[start : start + n] = x
     return Scaled(out, None)
+
+
+def numbers_of(pair: tuple[Any, Any]) -> tuple[Any, Any] | None:
+    """A pair of bounds, if both are numbers, here or on a device: those as 0-d arrays, any other as a float."""
+    sides = []
+    for side in pair:
+        if side is None or isinstance(side, numbers.Real):
+            sides.append(side if side is None else float(side))
+        elif isinstance(side, cupy.ndarray) and side.size == 1:
+            sides.append(side.reshape(()) if side.ndim else side)
+        else:
+            return None
+    return sides[0], sides[1]
 
 
 def _repeated(values: Sequence[Any]) -> Iterator[tuple[Any, int]]:

@@ -30,10 +30,10 @@ REAL = [name for name, kind in KINDS.items() if kind.component == name]
 
 # `value`: an element as an exact float, or double where a float holds less. `times`, `plus_times`, `doubled`, `singled`
 # and `less`: what the machine does, but never with a subnormal flushed to zero, as CuPy's option -ftz=true has it for
-# plain operations; only NVIDIA's compiler is given that. `widened` and `narrowed`: a short format of M bits of mantissa and E
-# of exponent made a double, and back: rounded once, to nearest and ties to even. The bits of a short number, shifted
-# into those of a double, stand for one that is 2**(1023 - bias) too small, subnormal or not; and a subnormal result is
-# a whole number of the smallest unit. `larger` and `smaller`: NaN stays NaN.
+# plain operations; only NVIDIA's compiler is given that. `widened` and `narrowed`: a short format of M bits of mantissa
+# and E of exponent made a double, and back: rounded once, to nearest and ties to even. The bits of a short number,
+# shifted into those of a double, stand for one that is 2**(1023 - bias) too small, subnormal or not; and a subnormal
+# result is a whole number of the smallest unit. `larger` and `smaller`: NaN stays NaN.
 NUMBERS = """
 typedef unsigned long long u64;
 #define THREADS %(threads)d

@@ -147,7 +147,7 @@ def _peak(norm: Norm, step: int) -> str:
     if norm.ops[step] != "max":
         return ""
     printed = Printed()
-    terms = norm.terms(xp, (Expression("peak"),), ())
+    terms: tuple[Any, ...] = norm.terms(xp, (Expression("peak"),), ())
     ends = [f"merge(s[{k}], c[{k}], {printed.name(term)}, 0.0);" for k, term in enumerate(terms)]
     return "\n        ".join([*printed.once, *ends])
 

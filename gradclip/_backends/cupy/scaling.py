@@ -1,4 +1,4 @@
-"""The launches that scale leaves, or add them up: which kernels, where outputs are, and what must be copied."""
+"""The launches that change leaves, or add them up: which kernels, where outputs are, and what must be copied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from gradclip._backends.cupy import compiler, programs, table, tiles
+from gradclip._backends.cupy import bounds, compiler, programs, table, tiles
 from gradclip._backends.cupy.columns import NULL, split
 from gradclip._backends.cupy.compiler import Kernel
 from gradclip._backends.cupy.laid import Laid
@@ -18,13 +18,13 @@ from gradclip._groups import Groups
 from gradclip._types import Array
 
 
-class Scaling(NamedTuple):
-    """How leaves are scaled on one device."""
+class Launch(NamedTuple):
+    """How leaves are changed on one device, element by element."""
 
     kernel: Kernel
     grouped: int  # what its table says of groups
     groups: Groups
-    by: Sequence[Any]  # the factors, as the kernel takes them
+    by: Sequence[Any]  # the factors of the groups, or the bounds of elements, as the kernel takes them
 
 
 def scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[tuple[Kernel, int]]:
@@ -44,6 +44,22 @@ def scaling(parts: Sequence[Laid], groups: Groups, several: bool) -> list[tuple[
     return kernels
 
 
+def clamping(laid: Laid, pairs: Sequence[tuple[Any, Any]]) -> Launch:
+    """How these leaves are limited by bounds which are numbers, of all leaves of the call. Raises NotCompiled."""
+    device = cupy.cuda.Device()
+    known: dict[int, Array] = {}
+
+    def minus(x: Any) -> Any:
+        if isinstance(x, float):
+            return -x
+        return known.setdefault(id(x), -x)
+
+    lower = bounds.number([minus(high) if low is None else low for low, high in pairs], device)
+    upper = bounds.number([high for _, high in pairs], device)
+    kernel = compiler.compiled(programs.clamp(table.kinds(laid.distinct, real=True)), "gradclip_clamp")
+    return Launch(kernel, WHOLE, Groups.of_leaves(len(pairs)), [*bounds.argument(lower), *bounds.argument(upper)])
+
+
 def weighting(parts: Sequence[Laid]) -> list[Kernel]:
     """The kernel that adds up examples, for each device."""
     kernels = []
@@ -54,16 +70,28 @@ def weighting(parts: Sequence[Laid]) -> list[Kernel]:
     return kernels
 
 
-def scale_in_place(laid: Laid, copied: Sequence[int], how: Scaling) -> None:
-    """Scale these leaves where they are, some of them by way of a copy."""
+def written(laid: Laid, how: Launch, in_place: bool) -> dict[int, Array]:
+    """What a kernel makes of these leaves, by their numbers; nothing where they are written in place."""
+    if in_place:
+        for some, copied in (laid if how.grouped else laid.merged()).in_place():
+            _in_place(some, copied, how)
+        return {}
+    out: dict[int, Array] = {}
+    for some in laid.by_outputs(laid.nbytes):
+        out.update(zip(some.here, _apart(some, how), strict=True))
+    return out
+
+
+def _in_place(laid: Laid, copied: Sequence[int], how: Launch) -> None:
+    """Write these leaves where they are, some of them by way of a copy."""
     copies = {i: laid.leaves[i].copy(order="C") for i in copied}
     _launch(laid.replaced(copies), how)
     for i, x in copies.items():
         laid.leaves[i][...] = x
 
 
-def scale_apart(laid: Laid, how: Scaling) -> list[Array]:
-    """Scale these leaves; the outputs share one allocation."""
+def _apart(laid: Laid, how: Launch) -> list[Array]:
+    """What becomes of these leaves; the outputs share one allocation."""
     starts, end = table.room_for(laid.nbytes)
     room = cupy.empty(end * ALIGNMENT, cupy.uint8)
     base, loose = room.data, set(laid.loose)
@@ -71,14 +99,14 @@ def scale_apart(laid: Laid, how: Scaling) -> list[Array]:
     if not all(laid.ordered):  # else C order is what they have: to read strides, and to give them, takes long
         given.append([None if i in loose else x.strides for i, x in enumerate(laid.leaves)])
     out = list(map(cupy.ndarray, *given))
-    for i in loose:  # copied to where it is scaled
+    for i in loose:  # copied to where it is changed
         out[i][...] = laid.leaves[i]
     _launch(laid.replaced({i: out[i] for i in loose}), how, room, starts)
     return out
 
 
-def _launch(laid: Laid, how: Scaling, room: Any = NULL, starts: Any = None) -> None:
-    """Scale dense leaves: to `room`, where each output starts at its place of `starts`, or where they are."""
+def _launch(laid: Laid, how: Launch, room: Any = NULL, starts: Any = None) -> None:
+    """Write dense leaves: to `room`, where each output starts at its place of `starts`, or where they are."""
     kernel, grouped, groups, by = how
     starts = np.zeros(len(laid.leaves), np.int64) if starts is None else starts
     if grouped == KEPT:

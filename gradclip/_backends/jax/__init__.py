@@ -111,7 +111,7 @@ class JaxBackend(Backend):
         there = [jax.tree.map(lambda x, place=place: self.move(x, place), factors) for place in places]
         return [_weighted([x], own)[0] for x, own in zip(leaves, there, strict=True)]
 
-    def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
+    def _clamped(self, leaf: Array, low: Any, high: Any) -> Array:
         device = array_api_compat.device(leaf)
         bounds = [x if x is None else self.move(self._bound(x, leaf.dtype, device), device) for x in (low, high)]
         return _clamp(leaf, *bounds)
@@ -150,4 +150,4 @@ _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=Tr
 _decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5, 6), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
 _weighted = jax.jit(derivatives.weighted, inline=True)
-_clamp = jax.jit(Backend(jnp).clamp, inline=True)
+_clamp = jax.jit(Backend(jnp)._clamped, inline=True)

@@ -236,8 +236,8 @@ class NumpyBackend(Backend):
             out.append(total.view(dtype).reshape(leaf.shape[1:]))
         return out
 
-    def clamp(self, leaf: Array, low: Any, high: Any) -> Array:
-        out = super().clamp(np.asarray(leaf), low, high).astype(leaf.dtype, copy=False)
+    def _clamped(self, leaf: Array, low: Any, high: Any) -> Array:
+        out = super()._clamped(np.asarray(leaf), low, high).astype(leaf.dtype, copy=False)
         return leaf.dtype.type(out) if isinstance(leaf, np.generic) else out
 
 
