@@ -30,6 +30,7 @@ pytestmark = marks
 here = "cupy" not in MISSING
 cupy: Any = importlib.import_module("cupy") if here else None
 backend: Any = importlib.import_module("gradclip._backends.cupy") if here else None
+columns: Any = importlib.import_module("gradclip._backends.cupy.columns") if here else None
 compiler: Any = importlib.import_module("gradclip._backends.cupy.compiler") if here else None
 laid: Any = importlib.import_module("gradclip._backends.cupy.laid") if here else None
 table: Any = importlib.import_module("gradclip._backends.cupy.table") if here else None

@@ -64,7 +64,7 @@ def measured(laid: Laid, norm: Norm, groups: Groups, seen: Sequence[Array], sing
 
     `single`: all norms are float32, on all shards. Raises NotCompiled.
     """
-    quick = single and isinstance(norm, SumNorm) and laid.nbytes.sum() >= _LARGE
+    quick = single and isinstance(norm, SumNorm) and int(laid.nbytes.sum()) >= _LARGE
     laid = laid.replaced({i: cupy.ascontiguousarray(laid.leaves[i]) for i in laid.loose})
     step, count, grouped = len(seen), groups.count, groups.count > 1
     whole, kept = split(laid, laid.of(groups.keep))

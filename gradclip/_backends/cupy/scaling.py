@@ -52,7 +52,9 @@ def clamping(laid: Laid, pairs: Sequence[tuple[Any, Any]]) -> Launch:
     def minus(x: Any) -> Any:
         if isinstance(x, float):
             return -x
-        return known.setdefault(id(x), -x)
+        if id(x) not in known:  # once for all leaves
+            known[id(x)] = -x
+        return known[id(x)]
 
     lower = bounds.number([minus(high) if low is None else low for low, high in pairs], device)
     upper = bounds.number([high for _, high in pairs], device)
