@@ -164,6 +164,7 @@ def test_a_branch_may_have_its_condition_as_an_operand():
         ("LDG.E.128 R4, [R2.64]; LDG.E.128 R8, [R2.64+0x10]; FADD R0, R4, R0; FADD R0, R8, R0", (2, 32)),
         ("LDG.E.128 R4, [R2.64]; FADD R0, R7, R0; LDG.E.128 R8, [R2.64+0x10]; FADD R0, R8, R0", (1, 16)),
         ("FADD R0, R4, R0; LDG.E R4, [R2.64]; FADD R0, R8, R0; LDG.E R8, [R2.64+0x10]", (2, 8)),  # for the next turn
+        ("LDG.E R4, [R2.64]; FADD R0, R4, R0; FADD R0, R8, R0; LDG.E R8, [R2.64]", (2, 8)),  # R8 waits when R4 comes
         ("LDG.E R5, [R2.64]; DADD R10, R4, R10; LDG.E R8, [R2.64]; FADD R0, R8, R0", (1, 4)),  # R4 is R4 and R5
         ("LDG.E R4, [R2.64]; LDG.E R4, [R2.64]; FADD R0, R4, R0", (1, 4)),  # the same register again
     ],
@@ -270,6 +271,9 @@ def test_counts_are_held(case: Case) -> None:
     assert worst.instructions <= held.worst
     assert found.machine.registers > 0  # the compiler's log was understood
     assert found.threads >= 512
+    newest = cuda_model.counted(case, max(cuda_model.ARCHS))  # no card of it is in the table
+    assert newest.machine.spilled <= SPILLED
+    assert newest.ways[0].counts.get("fp64", 0) <= held.fp64 + 1
 
 
 @needs_compiler
