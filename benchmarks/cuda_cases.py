@@ -23,15 +23,10 @@ class Case(NamedTuple):
     source: Callable[[], str]
     passes: int = 1  # how often an element crosses the memory bus: 2 where it is read and written
     beside: int = 0  # bytes that are loaded for each element and come out of a cache: factors of groups
-    # The path that ordinary data take: by the pattern of instructions that it runs `worked` times an element, and no
-    # path oftener; by instructions that it does not run; and whether it is the cheapest or the dearest of what is left.
+    # The path that ordinary data take: the cheapest that runs instructions of this pattern `worked` times an element.
     work: str = ""
     worked: float = 1
-    avoid: str = ""
-    path: str = "cheap"
-    around: int = 0  # count a turn of so many loops around the hot one: where that turns once
-    # Of several loops: the cheap one or the dear one of those that load most at a time, or of those that load by elements.
-    pick: str = "cheap"
+    by_element: bool = False  # the loop that loads elements one by one: else that which loads most at a time
     options: tuple[str, ...] = ()
 
 
@@ -52,10 +47,11 @@ def _norm(name: str, p: float | str, kind: str, *, quick: bool = True) -> Case:
 def _kept(kind: str, *, wide: bool) -> Case:
     """Rows of more elements than a block has threads are read by 16 bytes, others by elements."""
     norm = norm_for(2.0, binned=True)
-    name, pick = ("long rows", "wide") if wide else ("short rows or columns", "single")
+    name = "long rows" if wide else "short rows or columns"
     work, worked = _DOUBLED[kind]
     source = lambda: programs.spread(norm, 0, (kind,), True)  # noqa: E731
-    return Case(f"norm, kept axis, {name}, {kind}", kind, "gradclip_spread", source, work=work, worked=worked, pick=pick)
+    name = f"norm, kept axis, {name}, {kind}"
+    return Case(name, kind, "gradclip_spread", source, work=work, worked=worked, by_element=not wide)
 
 
 def _scale(name: str, kind: str, grouped: int = ONE) -> Case:
@@ -64,9 +60,10 @@ def _scale(name: str, kind: str, grouped: int = ONE) -> Case:
 
 
 def _scale_kept(kind: str, *, wide: bool) -> Case:
-    name, pick = ("long rows", "wide") if wide else ("short rows or columns", "single")
+    name = "long rows" if wide else "short rows or columns"
     source = lambda: programs.scale_spread((kind,))  # noqa: E731
-    return Case(f"scale, kept axis, {name}, {kind}", kind, "gradclip_scale_spread", source, 2, work="FFMA", pick=pick)
+    name = f"scale, kept axis, {name}, {kind}"
+    return Case(name, kind, "gradclip_scale_spread", source, 2, work="FFMA", by_element=not wide)
 
 
 def _clamp(kind: str) -> Case:

@@ -109,7 +109,7 @@ class Counted(NamedTuple):
 
 
 def counted(case: Case, arch: int) -> Counted:
-    """A case's hot loop. Its turns that load most are taken (least where the hot loop inside turns once)."""
+    """A case's hot loop. Its turns that load most are taken."""
     found = machine(case.kernel, case.source(), arch, case.options)
     size, price = SIZES[case.kind] + case.beside, cost(arch)
 
@@ -121,26 +121,22 @@ def counted(case: Case, arch: int) -> Counted:
     inner = [loop for loop in loading if not any(other.body < loop.body for other in loading)]
     if not inner:
         raise LookupError(f"{case.name}: {case.kernel} has no loop that loads")
-    if case.pick == "single":
+    if case.by_element:
         inner = [loop for loop in inner if loop.widest(found.blocks) <= SIZES[case.kind]]
     most = max(loop.loads(found.blocks) for loop in inner)
     several = []
-    for hot in (loop for loop in inner if loop.loads(found.blocks) == most):
-        loop = hot
-        for _ in range(case.around):
-            loop = next(other for other in loops if other.body > loop.body)
-        paths = sass.turns(found.blocks, loop, price, case.work, case.avoid)
+    for loop in (loop for loop in inner if loop.loads(found.blocks) == most):
+        paths = sass.turns(found.blocks, loop, price, case.work)
         paths = {key: both for key, both in paths.items() if key[0] and _does(case, key, size)}
         if paths:
-            loaded = (min if case.around else max)(key[0] for key in paths)
-            choose, i = (min, 0) if case.path == "cheap" else (max, 1)
-            ordinary = choose((both[i] for key, both in paths.items() if key[0] == loaded), key=spent)
+            loaded = max(key[0] for key in paths)
+            ordinary = min((cheap for key, (cheap, _) in paths.items() if key[0] == loaded), key=spent)
             dear = sass.turns(found.blocks, loop, price)[loaded, 0][1]
             both = ordinary, dear, sass.everything(found.blocks, loop, loaded)
             several.append((spent(ordinary) / loaded, loaded, *both))
     if not several:
         raise LookupError(f"{case.name}: no path of the hot loop of {case.kernel} does the work that is looked for")
-    _, loaded, *turns = (max if case.pick == "dear" else min)(several, key=lambda one: one[0])
+    _, loaded, *turns = min(several, key=lambda one: one[0])
     ways = [_way(name, turn, loaded / size) for name, turn in zip(ORDER, turns, strict=True)]
     held = cards.threads_per_sm(arch, found.registers, found.shared, THREADS)
     return Counted(case, arch, found, held, [way for i, way in enumerate(ways) if not i or way[1:] != ways[i - 1][1:]])

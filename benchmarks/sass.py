@@ -216,14 +216,11 @@ Cost = Callable[[Instruction], float]
 Path = tuple[float, tuple[int, ...]]  # the cost and the blocks
 
 
-def turns(
-    blocks: Sequence[Block], loop: Loop, cost: Cost, work: str = "", avoid: str = ""
-) -> dict[tuple[int, int], tuple[Turn, Turn]]:
+def turns(blocks: Sequence[Block], loop: Loop, cost: Cost, work: str = "") -> dict[tuple[int, int], tuple[Turn, Turn]]:
     """The cheapest and the dearest paths through a loop's body; loops inside turn once.
 
     For each number of bytes that a path may load, and of instructions that the pattern `work` names: paths differ by
-    what they do, and the cheapest may be one that does nothing. Those through an instruction of the pattern `avoid` are
-    left out.
+    what they do, and the cheapest may be one that does nothing.
     """
     over, before = _dominators(blocks)
     price = {i: sum(map(cost, blocks[i].instructions)) for i in loop.body}
@@ -233,7 +230,7 @@ def turns(
     for i in _downwards(blocks, loop, over):
         found: dict[tuple[int, int], list[Path]] = {(0, 0): [(0.0, ())]} if i == loop.head else {}
         for j in before[i]:
-            if i != loop.head and j in ways and not over[j] >> i & 1 and not blocks[i].named(avoid):
+            if i != loop.head and j in ways and not over[j] >> i & 1:
                 for key, both in ways[j].items():
                     found.setdefault(key, []).extend(both)
         ways[i] = {}

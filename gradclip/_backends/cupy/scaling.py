@@ -53,7 +53,8 @@ def clamping(laid: Laid, pairs: Sequence[tuple[Any, Any]]) -> Launch:
         if isinstance(x, float):
             return -x
         if id(x) not in known:  # once for all leaves
-            known[id(x)] = -x
+            with x.device:
+                known[id(x)] = -x
         return known[id(x)]
 
     lower = bounds.number([minus(high) if low is None else low for low, high in pairs], device)

@@ -225,7 +225,7 @@ template <class T, class N> __device__ __forceinline__ void scale(const T* p, T*
 
 # In place where `base` is null.
 SCALE = """
-extern "C" __global__ void __launch_bounds__(THREADS) gradclip_scale(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) gradclip_scale(
     const Table t, const double* factors, const double* shifts, char* base
 ) {
     const unsigned begin = blockIdx.x, end = t.chunks, step = gridDim.x;
@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gradclip_scale(
 }
 """
 SCALE_SPREAD = """
-extern "C" __global__ void __launch_bounds__(THREADS) gradclip_scale_spread(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) gradclip_scale_spread(
     const Tiles t, const double* factors, const double* shifts, char* base
 ) {
     for (unsigned tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
@@ -265,7 +265,7 @@ template <class T> __device__ __forceinline__ void clamp(const T* p, T* to, unsi
         }
     });
 }
-extern "C" __global__ void __launch_bounds__(THREADS) gradclip_clamp(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) gradclip_clamp(
     const Table t, %(parameters)s, char* base
 ) {
     const unsigned begin = blockIdx.x, end = t.chunks, step = gridDim.x;
