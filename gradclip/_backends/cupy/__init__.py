@@ -105,7 +105,7 @@ class CupyBackend(Backend):
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
         """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
         parts = laid_out(leaves).parts
-        for part in [*parts, Laid([], cupy.cuda.Device().id, [])]:
+        for part in [*parts, Laid([], [], cupy.cuda.Device().id, [], False)]:
             with cupy.cuda.Device(part.device):
                 sorts = split(part, part.of(groups.keep))
                 whole, kept = (table.kinds(sort.distinct, real=False) for sort in sorts)
@@ -172,8 +172,7 @@ class CupyBackend(Backend):
                         scale_in_place(some, copied, how)
                     continue
                 for some in part.by_outputs(part.nbytes):
-                    for i, x in zip(some.here, scale_apart(some, how), strict=True):
-                        out[i] = x
+                    some.put(scale_apart(some, how), out)
         return leaves if in_place else out
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
@@ -187,19 +186,19 @@ class CupyBackend(Backend):
             kernels = weighting(parts)
         except NotCompiled:
             return super().weighted_sum(leaves, factors, groups)
-        out: dict[int, Array] = {}
+        out: list[Any] = [None] * len(leaves)
         for part, kernel in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
                 by = [NULL if x is None else _here(x) for x in factors]
                 sums = np.array([x.size // x.shape[0] * dtype_of_sum(x).itemsize for x in part.leaves])
                 for piece in part.by_outputs(sums):
                     for some in piece.by_copies():
-                        out.update(zip(some.here, weigh(some, kernel, groups, by), strict=True))
+                        some.put(weigh(some, kernel, groups, by), out)
         for i, x in enumerate(leaves):
-            if i not in out:
+            if not x.size:
                 with x.device:
                     out[i] = cupy.zeros(x.shape[1:], dtype_of_sum(x))
-        return [out[i] for i in range(len(leaves))]
+        return out
 
     def _scaled(self, leaf: Array, steps: Sequence[Array]) -> Array:
         return super()._scaled(leaf, steps).astype(leaf.dtype, copy=False)  # cupy.where widens bfloat16

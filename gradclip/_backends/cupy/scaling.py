@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import cupy
@@ -61,17 +62,32 @@ def scale_in_place(laid: Laid, copied: Sequence[int], how: Launch) -> None:
 
 def scale_apart(laid: Laid, how: Launch) -> list[Array]:
     """Scale these leaves; the outputs share one allocation."""
-    starts, end = table.room_for(laid.nbytes)
-    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
-    base, loose = room.data, set(laid.loose)
-    given = [[x.shape for x in laid.leaves], laid.dtypes, [base + start for start in (starts * ALIGNMENT).tolist()]]
-    if not all(laid.ordered):  # else C order is what they have: to read strides, and to give them, takes long
+    room, starts = _room(laid.nbytes)
+    loose = set(laid.loose)
+    # What is not asked and not given need not be read, for 1,000 leaves: a dtype costs more than its type, and C order
+    # needs no strides.
+    kind = {dtype: dtype.type if np.dtype(dtype.type) == dtype else dtype for dtype in laid.distinct}
+    given = [[x.shape for x in laid.leaves], [kind[dtype] for dtype in laid.dtypes], _pointers(room, starts)]
+    if not all(laid.ordered):
         given.append([None if i in loose else x.strides for i, x in enumerate(laid.leaves)])
     out = list(map(cupy.ndarray, *given))
     for i in loose:  # copied to where it is scaled
         out[i][...] = laid.leaves[i]
     _launch(laid.replaced({i: out[i] for i in loose}), how, room, starts)
     return out
+
+
+def _room(sizes: Any) -> tuple[Array, Any]:
+    """One allocation for outputs of so many bytes, and where in it each starts, in units of ALIGNMENT."""
+    starts, end = table.room_for(sizes)
+    return cupy.empty(end * ALIGNMENT, cupy.uint8), starts
+
+
+def _pointers(room: Array, starts: Any) -> list[Any]:
+    """Where each output starts, as CuPy's arrays take it."""
+    memory = room.data.mem
+    places = (starts * ALIGNMENT + (room.data.ptr - memory.ptr)).tolist()
+    return list(map(cupy.cuda.MemoryPointer, repeat(memory), places))
 
 
 def _launch(laid: Laid, how: Launch, room: Any = NULL, starts: Any = None) -> None:
@@ -86,13 +102,12 @@ def weigh(laid: Laid, kernel: Any, groups: Groups, by: Sequence[Any]) -> list[Ar
     """The weighted sums of these leaves; they share one allocation."""
     laid = laid.replaced({i: cupy.ascontiguousarray(laid.leaves[i]) for i in laid.loose})
     sums = [_without_first(x) for x in laid.leaves]
-    starts, end = table.room_for(np.array([math.prod(shape) * dtype.itemsize for shape, dtype, _ in sums]))
-    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
+    room, starts = _room(np.array([math.prod(shape) * dtype.itemsize for shape, dtype, _ in sums]))
     lines = table.entries(laid, real=True, room=starts, runs=_runs(laid, groups, KEPT), cut=False)
     for launch in table.tables(lines._replace(length=lines.length // lines.groups), grouped=KEPT, bits=8):
         kernel((blocks(launch["chunks"]),), (THREADS,), (launch, *by, room))
-    places = [room.data + start for start in (starts * ALIGNMENT).tolist()]
-    return [cupy.ndarray(shape, dtype, at, strides) for (shape, dtype, strides), at in zip(sums, places, strict=True)]
+    shapes, dtypes, strides = zip(*sums, strict=True)
+    return list(map(cupy.ndarray, shapes, dtypes, _pointers(room, starts), strides))
 
 
 def _runs(laid: Laid, groups: Groups, grouped: int) -> table.Run | None:
