@@ -11,6 +11,7 @@ import copy
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sequence, Sized, ValuesView
+from itertools import islice
 from typing import Any, NamedTuple
 
 from gradclip._errors import warn
@@ -213,7 +214,12 @@ def _build(place: Any, values: Iterator[Any]) -> Any:
     """The tree below a place."""
     if place is _LEAF:
         return next(values)
-    return place and place.node.build([next(values) if p is _LEAF else _build(p, values) for p in place.places])
+    if place is None:
+        return None
+    node, places = place
+    if places.count(_LEAF) == len(places):
+        return node.build(list(islice(values, len(places))))
+    return node.build([next(values) if p is _LEAF else _build(p, values) for p in places])
 
 
 def _ways(place: Any, path: str) -> Iterator[str]:

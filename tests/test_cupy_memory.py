@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mpmath
@@ -18,6 +19,13 @@ pytestmark = marks
 
 #: What a call takes beside: factors, norms, columns of one launch.
 FEW = 2**13
+
+
+@pytest.fixture(autouse=True)
+def no_pool_is_left() -> Iterator[None]:
+    """A pool that is freed later, in the middle of another test, would make that wait for the device."""
+    yield
+    gc.collect()
 
 
 class Counted:

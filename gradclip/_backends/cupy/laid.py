@@ -98,7 +98,7 @@ class Laid:
     def ordered(self) -> list[bool]:
         """Whether the elements of each lie in C order without gaps."""
         # `flags` makes an object of them all, and takes ten times as long.
-        short = all(hasattr(kind, "_c_contiguous") for kind in set(map(type, self.leaves)))
+        short = all(hasattr(x, "_c_contiguous") for x in self.leaves[:1])
         return list(map(attrgetter("_c_contiguous" if short else "flags.c_contiguous"), self.leaves))
 
     @cached_property

@@ -66,8 +66,9 @@ def scale_apart(laid: Laid, how: Launch) -> list[Array]:
     loose = set(laid.loose)
     # What is not asked and not given need not be read, for 1,000 leaves: a dtype costs more than its type, and C order
     # needs no strides.
-    kind = {dtype: dtype.type if np.dtype(dtype.type) == dtype else dtype for dtype in laid.distinct}
-    given = [[x.shape for x in laid.leaves], [kind[dtype] for dtype in laid.dtypes], _pointers(room, starts)]
+    kinds = {dtype: dtype.type if np.dtype(dtype.type) == dtype else dtype for dtype in laid.distinct}
+    dtypes = repeat(*kinds.values()) if len(kinds) == 1 else [kinds[dtype] for dtype in laid.dtypes]
+    given = [[x.shape for x in laid.leaves], dtypes, _pointers(room, starts)]
     if not all(laid.ordered):
         given.append([None if i in loose else x.strides for i, x in enumerate(laid.leaves)])
     out = list(map(cupy.ndarray, *given))
