@@ -79,10 +79,10 @@ def _clipped(grads: Tree, clip_value: Any, in_place: bool) -> Tree:
     refuse_complex(flat)
     pairs = _arguments.bounds(clip_value, flat)
     backend = backend_for(flat, [bound for pair in pairs for bound in pair])
-    leaves = backend.adopt(flat.values)
     if in_place:
-        refuse_unwritable(flat, backend.doubtful(leaves), "clip_grad_value")
-    with backend.session(leaves, in_place):
+        refuse_unwritable(flat, "clip_grad_value")
+    with backend.session(flat.values, in_place):
+        leaves = backend.adopt(flat.values)
         clamped = [backend.clamp(leaf, low, high) for leaf, (low, high) in zip(leaves, pairs, strict=True)]
         if in_place:
             for leaf, new in zip(flat.values, clamped, strict=True):

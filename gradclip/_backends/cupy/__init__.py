@@ -55,9 +55,6 @@ class CupyBackend(Backend):
     def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
         return laid_out(leaves)
 
-    def doubtful(self, leaves: Sequence[Array]) -> Sequence[int]:
-        return [part.here[i] for part in laid_out(leaves).parts for i in part.loose]
-
     def move(self, x: Array, device: Any) -> Array:
         return move(x, device)
 
