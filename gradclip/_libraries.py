@@ -23,9 +23,7 @@ class Library(NamedTuple):
     owns: Callable[[Any], bool]
     backend: str  # the class
     immutable: str = ""  # where its arrays cannot be written to: what a message says of one
-    is_plain: Callable[[Any], bool] = lambda x: (
-        False
-    )  # quickly told: it can be written to, and no elements share memory
+    is_plain: Callable[[Any], bool] = lambda x: False  # at once: each element can be written to by itself
 
 
 LIBRARIES = {
