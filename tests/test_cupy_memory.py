@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -223,3 +224,19 @@ def test_of_many_leaves_the_one_whose_elements_share_memory_is_named() -> None:
     gradclip.clip_grad_norm_(leaves, 1.0)
     with pytest.raises(gradclip.LeafError, match=r"grads\[7\] has elements that share memory \(a stride of 0\)"):
         gradclip.clip_grad_norm_([*leaves, cupy.broadcast_to(x[:1], (4, 6))], 1.0)
+
+
+def test_nothing_of_a_call_waits_for_the_collector() -> None:
+    """Reference cycles would keep gradients and outputs alive until Python looks for cycles."""
+    gradclip.clip_grad_norm([cupy.ones(100)], 1.0)
+    gc.collect()
+    gc.disable()
+    try:
+        leaves = [cupy.ones(100, cupy.float32), cupy.ones((4, 6), cupy.float32)[:, ::2]]
+        out = gradclip.clip_grad_norm({"w": leaves[0], "b": [leaves[1]]}, 1.0, per="unit").grads
+        gradclip.clip_grad_norm_(leaves, 0.5)
+        watched = [weakref.ref(x) for x in (*leaves, out["w"], out["b"][0])]
+        del leaves, out
+        assert [ref() for ref in watched] == [None] * 4
+    finally:
+        gc.enable()

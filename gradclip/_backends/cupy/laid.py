@@ -35,7 +35,7 @@ class Leaves(list[Array]):
         """Those that hold something, by device, in order of appearance."""
         devices, sizes = self.devices, [x.size for x in self]
         if len(set(devices)) == 1 and all(sizes):
-            return [Laid(self, sizes, devices[0], range(len(self)), True)]
+            return [Laid(list(self), sizes, devices[0], range(len(self)), True)]  # itself would be a cycle
         found: dict[int, list[int]] = {}
         for i, (size, device) in enumerate(zip(sizes, devices, strict=True)):
             if size:
@@ -44,11 +44,15 @@ class Leaves(list[Array]):
 
 
 def laid_out(leaves: Sequence[Array]) -> Leaves:
+    """The leaves as `adopt` has made them, or makes them now."""
     return leaves if isinstance(leaves, Leaves) else Leaves(leaves)
 
 
 class Laid:
-    """Some leaves of a call, on one device. `here`: which they are; `whole`: all of them, in order."""
+    """Some leaves of a call, on one device. `here`: which they are; `whole`: all of them, in order.
+
+    What is said of each is a column: `sizes` in elements, `pointers`, `dtypes`.
+    """
 
     def __init__(self, leaves: Sequence[Array], sizes: Any, device: int, here: Sequence[int], whole: bool) -> None:
         self.leaves, self.device, self.here, self._whole = leaves, device, here, whole
