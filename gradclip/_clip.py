@@ -230,7 +230,7 @@ def clip_grad_norm_(
             raise ValueError(f"error_if_nonfinite=True contradicts nonfinite={nonfinite!r}: pass one of them")
         nonfinite = "error"
     call = given(grads, norm_type, per, Bounds(max_norm, norm, divide_by), nonfinite, all_reduce)
-    refuse_unwritable(call.grouped.flat, call.backend.doubtful(call.leaves), "clip_grad_norm")
+    refuse_unwritable(call.grouped.flat, "clip_grad_norm")
     with call.backend.session(call.leaves, in_place=True):
         verdict = settled(call)
         call.backend.scale(call.leaves, verdict.factors, call.groups, in_place=True)

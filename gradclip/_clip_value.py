@@ -79,9 +79,8 @@ def _clipped(grads: Tree, clip_value: Any, in_place: bool) -> Tree:
     refuse_complex(flat)
     pairs = _arguments.bounds(clip_value, flat)
     backend = backend_for(flat, [bound for pair in pairs for bound in pair])
-    leaves = backend.adopt(flat.values)
     if in_place:
-        refuse_unwritable(flat, backend.doubtful(leaves), "clip_grad_value")
-    with backend.session(leaves, in_place):
-        clamped = backend.clamp(leaves, pairs, in_place)
+        refuse_unwritable(flat, "clip_grad_value")
+    with backend.session(flat.values, in_place):
+        clamped = backend.clamp(backend.adopt(flat.values), pairs, in_place)
         return None if in_place else flat.rebuild(list(clamped))

@@ -131,11 +131,13 @@ def _objection(x: Any, name: str | None) -> str:
     return ""
 
 
-def refuse_unwritable(flat: Flat, doubtful: Sequence[int], verb: str) -> None:
-    """Raise LeafError unless every leaf can be written in place. `doubtful`: those of which the backend does not know.
-
-    `verb`: the functional form's name.
-    """
+def refuse_unwritable(flat: Flat, verb: str) -> None:
+    """Raise LeafError unless every leaf can be written in place. `verb`: the functional form's name."""
+    is_plain: dict[type, Callable[[Any], bool]] = {}
+    for x in map(flat.values.__getitem__, flat.samples):
+        known = LIBRARIES.get(_admitted.get((type(x), x.dtype), ""))
+        is_plain[type(x)] = known.is_plain if known else lambda x: False
+    doubtful = [i for i, x in enumerate(flat.values) if not is_plain[type(x)](x)]
     for objection in (immutable, _unwritable):  # among NumPy leaves beside JAX leaves, one of JAX's is named
         for i in doubtful:
             reason = objection(flat.values[i])

@@ -1,4 +1,4 @@
-"""Large leaves on CuPy: norms from sums of a few numbers in float32, and loads of 16 bytes from wherever a leaf begins."""
+"""Large leaves on CuPy: norms of sums of a few numbers in float32, and loads of 16 bytes wherever a leaf begins."""
 
 from __future__ import annotations
 

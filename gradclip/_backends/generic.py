@@ -37,10 +37,6 @@ class Backend(OneLeaf):
         """The leaves as arrays of this library."""
         return leaves
 
-    def doubtful(self, leaves: Sequence[Array]) -> Sequence[int]:
-        """Those of the adopted leaves that might not be written to in place: they are looked at one by one."""
-        return range(len(leaves))
-
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         """The dtype that norms are summed and factors formed in: float64 where every device has it."""
         xp = self.xp

@@ -55,9 +55,6 @@ class CupyBackend(Backend):
     def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
         return laid_out(leaves)
 
-    def doubtful(self, leaves: Sequence[Array]) -> Sequence[int]:
-        return [part.here[i] for part in laid_out(leaves).parts for i in part.loose]
-
     def move(self, x: Array, device: Any) -> Array:
         return move(x, device)
 
@@ -107,7 +104,7 @@ class CupyBackend(Backend):
     def _compile_all(self, leaves: Sequence[Array], norm: Norm, groups: Groups) -> None:
         """Compile now what a clip needs: once other shards have been called, nothing may be begun again, or fail."""
         parts = laid_out(leaves).parts
-        for part in [*parts, Laid([], cupy.cuda.Device().id, [])]:
+        for part in [*parts, Laid([], [], cupy.cuda.Device().id, [], False)]:
             with cupy.cuda.Device(part.device):
                 sorts = split(part, part.of(groups.keep))
                 whole, kept = (table.kinds(sort.distinct, real=False) for sort in sorts)
@@ -169,23 +166,20 @@ class CupyBackend(Backend):
         for part, (kernel, grouped) in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
                 how = Launch(kernel, grouped, groups, [NULL if x is None else _here(x) for x in factors])
-                for i, x in written(part, how, in_place).items():
-                    out[i] = x
+                written(part, how, in_place, out)
         return leaves if in_place else out
 
     def clamp(self, leaves: Sequence[Array], pairs: Sequence[tuple[Any, Any]], in_place: bool) -> Sequence[Array]:
-        """Where bounds are numbers, all leaves together."""
-        numbers = [bounds_of.numbers_of(pair) for pair in pairs]
-        held = [(0.0, 0.0) if pair is None else pair for pair in numbers]
-        out: list[Any] = [None] * len(leaves)
+        """Leaves whose bounds are numbers all together, by one kernel."""
+        given, out = [bounds_of.numbers_of(pair) for pair in pairs], list(leaves)
+        done: set[int] = set()
         for part in laid_out(leaves).parts:
-            some = part.only([k for k, i in enumerate(part.here) if numbers[i]])
+            some = part.only([k for k, i in enumerate(part.here) if given[i]])
             if some.leaves:
                 with cupy.cuda.Device(part.device), suppress(NotCompiled):
-                    found = written(some, clamping(some, held), in_place)
-                    for i in some.here:
-                        out[i] = found.get(i, leaves[i])
-        rest = [i for i, x in enumerate(out) if x is None]
+                    written(some, clamping(some, [pair or (0.0, 0.0) for pair in given]), in_place, out)
+                    done.update(some.here)
+        rest = [i for i in range(len(out)) if i not in done]
         others = super().clamp([leaves[i] for i in rest], [pairs[i] for i in rest], in_place)
         for i, x in zip(rest, others, strict=True):
             out[i] = x
@@ -202,19 +196,19 @@ class CupyBackend(Backend):
             kernels = weighting(parts)
         except NotCompiled:
             return super().weighted_sum(leaves, factors, groups)
-        out: dict[int, Array] = {}
+        out: list[Any] = [None] * len(leaves)
         for part, kernel in zip(parts, kernels, strict=True):
             with cupy.cuda.Device(part.device):
                 by = [NULL if x is None else _here(x) for x in factors]
                 sums = np.array([x.size // x.shape[0] * dtype_of_sum(x).itemsize for x in part.leaves])
                 for piece in part.by_outputs(sums):
                     for some in piece.by_copies():
-                        out.update(zip(some.here, weigh(some, kernel, groups, by), strict=True))
+                        some.put(weigh(some, kernel, groups, by), out)
         for i, x in enumerate(leaves):
-            if i not in out:
+            if not x.size:
                 with x.device:
                     out[i] = cupy.zeros(x.shape[1:], dtype_of_sum(x))
-        return [out[i] for i in range(len(leaves))]
+        return out
 
     def _scaled(self, leaf: Array, steps: Sequence[Array]) -> Array:
         return super()._scaled(leaf, steps).astype(leaf.dtype, copy=False)  # cupy.where widens bfloat16

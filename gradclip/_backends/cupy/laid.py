@@ -33,49 +33,59 @@ class Leaves(list[Array]):
     @cached_property
     def parts(self) -> list[Laid]:
         """Those that hold something, by device, in order of appearance."""
-        devices = self.devices
-        if len(set(devices)) == 1 and all(x.size for x in self):
-            return [Laid(self, devices[0], range(len(self)), True)]
+        devices, sizes = self.devices, [x.size for x in self]
+        if len(set(devices)) == 1 and all(sizes):
+            return [Laid(list(self), sizes, devices[0], range(len(self)), True)]  # itself would be a cycle
         found: dict[int, list[int]] = {}
-        for i, (x, device) in enumerate(zip(self, devices, strict=True)):
-            if x.size:
+        for i, (size, device) in enumerate(zip(sizes, devices, strict=True)):
+            if size:
                 found.setdefault(device, []).append(i)
-        return [Laid([self[i] for i in here], device, here) for device, here in found.items()]
+        return [Laid([self[i] for i in h], [sizes[i] for i in h], device, h, False) for device, h in found.items()]
 
 
 def laid_out(leaves: Sequence[Array]) -> Leaves:
+    """The leaves as `adopt` has made them, or makes them now."""
     return leaves if isinstance(leaves, Leaves) else Leaves(leaves)
 
 
 class Laid:
-    """Some leaves of a call, on one device. `here`: which they are; `whole`: all of them, in order."""
+    """Some leaves of a call, on one device. `here`: which they are; `whole`: all of them, in order.
 
-    def __init__(self, leaves: Sequence[Array], device: int, here: Sequence[int], whole: bool = False) -> None:
+    What is said of each is a column: `sizes` in elements, `pointers`, `dtypes`.
+    """
+
+    def __init__(self, leaves: Sequence[Array], sizes: Any, device: int, here: Sequence[int], whole: bool) -> None:
         self.leaves, self.device, self.here, self._whole = leaves, device, here, whole
+        self.sizes: Any = np.array(sizes, np.int64)
+        self.pointers: Any = np.array([x.data.ptr for x in leaves], np.uint64)
         self.dtypes = [x.dtype for x in leaves]
         self.distinct = frozenset(self.dtypes)
-        self.sizes: Any = np.array([x.size for x in leaves], np.int64)
-        self.pointers: Any = np.array([x.data.ptr for x in leaves], np.uint64)
 
     def of(self, values: Sequence[T]) -> Sequence[T]:
         """Of values of all leaves of the call, those of these."""
         return values if self._whole else [values[i] for i in self.here]
 
+    def put(self, values: Sequence[T], out: list[T]) -> None:
+        """Put values of these among those of all leaves of the call."""
+        if self._whole:
+            out[:] = values
+        else:
+            for i, value in zip(self.here, values, strict=True):
+                out[i] = value
+
     def only(self, places: Sequence[int]) -> Laid:
         """Those at these places."""
         if len(places) == len(self.leaves) and list(places) == list(range(len(places))):
             return self
-        out = Laid([self.leaves[i] for i in places], self.device, [self.here[i] for i in places])
-        out.sizes = self.sizes[list(places)]
-        return out
+        leaves, here = [self.leaves[i] for i in places], [self.here[i] for i in places]
+        return Laid(leaves, self.sizes[list(places)], self.device, here, False)
 
     def replaced(self, others: dict[int, Array]) -> Laid:
         """With other arrays of the same sizes at some places."""
         if not others:
             return self
-        out = Laid([others.get(i, x) for i, x in enumerate(self.leaves)], self.device, self.here, self._whole)
-        out.sizes = self.sizes
-        return out
+        leaves = [others.get(i, x) for i, x in enumerate(self.leaves)]
+        return Laid(leaves, self.sizes, self.device, self.here, self._whole)
 
     @cached_property
     def itemsizes(self) -> Any:
@@ -92,7 +102,7 @@ class Laid:
     def ordered(self) -> list[bool]:
         """Whether the elements of each lie in C order without gaps."""
         # `flags` makes an object of them all, and takes ten times as long.
-        short = all(hasattr(kind, "_c_contiguous") for kind in set(map(type, self.leaves)))
+        short = all(hasattr(x, "_c_contiguous") for x in self.leaves[:1])
         return list(map(attrgetter("_c_contiguous" if short else "flags.c_contiguous"), self.leaves))
 
     @cached_property

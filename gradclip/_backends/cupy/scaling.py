@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import cupy
@@ -73,16 +74,14 @@ def weighting(parts: Sequence[Laid]) -> list[Kernel]:
     return kernels
 
 
-def written(laid: Laid, how: Launch, in_place: bool) -> dict[int, Array]:
-    """What a kernel makes of these leaves, by their numbers; nothing where they are written in place."""
+def written(laid: Laid, how: Launch, in_place: bool, out: list[Array]) -> None:
+    """Let a kernel change these leaves: where they are, or to new ones, which are put into `out`."""
     if in_place:
         for some, copied in (laid if how.grouped else laid.merged()).in_place():
             _in_place(some, copied, how)
-        return {}
-    out: dict[int, Array] = {}
+        return
     for some in laid.by_outputs(laid.nbytes):
-        out.update(zip(some.here, _apart(some, how), strict=True))
-    return out
+        some.put(_apart(some, how), out)
 
 
 def _in_place(laid: Laid, copied: Sequence[int], how: Launch) -> None:
@@ -95,17 +94,33 @@ def _in_place(laid: Laid, copied: Sequence[int], how: Launch) -> None:
 
 def _apart(laid: Laid, how: Launch) -> list[Array]:
     """What becomes of these leaves; the outputs share one allocation."""
-    starts, end = table.room_for(laid.nbytes)
-    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
-    base, loose = room.data, set(laid.loose)
-    given = [[x.shape for x in laid.leaves], laid.dtypes, [base + start for start in (starts * ALIGNMENT).tolist()]]
-    if not all(laid.ordered):  # else C order is what they have: to read strides, and to give them, takes long
+    room, starts = _room(laid.nbytes)
+    loose = set(laid.loose)
+    # What is not asked and not given need not be read, for 1,000 leaves: a dtype costs more than its type, and C order
+    # needs no strides.
+    kinds = {dtype: dtype.type if np.dtype(dtype.type) == dtype else dtype for dtype in laid.distinct}
+    dtypes = repeat(*kinds.values()) if len(kinds) == 1 else [kinds[dtype] for dtype in laid.dtypes]
+    given = [[x.shape for x in laid.leaves], dtypes, _pointers(room, starts)]
+    if not all(laid.ordered):
         given.append([None if i in loose else x.strides for i, x in enumerate(laid.leaves)])
     out = list(map(cupy.ndarray, *given))
     for i in loose:  # copied to where it is changed
         out[i][...] = laid.leaves[i]
     _launch(laid.replaced({i: out[i] for i in loose}), how, room, starts)
     return out
+
+
+def _room(sizes: Any) -> tuple[Array, Any]:
+    """One allocation for outputs of so many bytes, and where in it each starts, in units of ALIGNMENT."""
+    starts, end = table.room_for(sizes)
+    return cupy.empty(end * ALIGNMENT, cupy.uint8), starts
+
+
+def _pointers(room: Array, starts: Any) -> list[Any]:
+    """Where each output starts, as CuPy's arrays take it."""
+    memory = room.data.mem
+    places = (starts * ALIGNMENT + (room.data.ptr - memory.ptr)).tolist()
+    return list(map(cupy.cuda.MemoryPointer, repeat(memory), places))
 
 
 def _launch(laid: Laid, how: Launch, room: Any = NULL, starts: Any = None) -> None:
@@ -125,12 +140,11 @@ def weigh(laid: Laid, kernel: Kernel, groups: Groups, by: Sequence[Any]) -> list
     """The weighted sums of these leaves; they share one allocation."""
     laid = laid.replaced({i: cupy.ascontiguousarray(laid.leaves[i]) for i in laid.loose})
     sums = [_without_first(x) for x in laid.leaves]
-    starts, end = table.room_for(np.array([math.prod(shape) * dtype.itemsize for shape, dtype, _ in sums]))
-    room = cupy.empty(end * ALIGNMENT, cupy.uint8)
+    room, starts = _room(np.array([math.prod(shape) * dtype.itemsize for shape, dtype, _ in sums]))
     for some in tiles.adding(laid.leaves, tiles.runs_of(laid, groups), starts.tolist()):
         kernel(kernel.blocks(some["tiles"]), (some, *by, room))
-    places = [room.data + start for start in (starts * ALIGNMENT).tolist()]
-    return [cupy.ndarray(shape, dtype, at, strides) for (shape, dtype, strides), at in zip(sums, places, strict=True)]
+    shapes, dtypes, strides = zip(*sums, strict=True)
+    return list(map(cupy.ndarray, shapes, dtypes, _pointers(room, starts), strides))
 
 
 def _without_first(leaf: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:

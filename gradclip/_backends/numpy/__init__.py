@@ -49,9 +49,6 @@ class NumpyBackend(Backend):
             return leaves
         return [x if isinstance(x, np.ndarray | np.generic) else np.asarray(x) for x in leaves]
 
-    def doubtful(self, leaves: Sequence[Array]) -> Sequence[int]:
-        return [i for i, x in enumerate(leaves) if not ((f := x.flags).writeable and f.forc)]
-
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         return np.float64
 
