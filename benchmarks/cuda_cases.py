@@ -35,11 +35,11 @@ _DOUBLED = {"float16": ("DFMA", 1 / 4), "bfloat16": ("DFMA", 1 / 4), "float32": 
 
 
 def _norm(name: str, p: float | str, kind: str, *, quick: bool = True) -> Case:
-    """Of large leaves, unless not `quick`: of small ones, or on many shards."""
+    """Of large trees, unless not `quick`: of small ones, or on many shards."""
     norm = norm_for(p, binned=True)
     work, worked = _DOUBLED[kind] if quick else (r"DFMA|DADD", 1)
     work, worked = (r"ISETP|IMNMX|VIMNMX", 0.7) if p == math.inf else (work, worked)
-    name = name if quick else f"{name}, small leaves,"
+    name = name if quick else f"{name}, small trees,"
     source = lambda: programs.measure(norm, 0, (kind,), quick and kind != "float64")  # noqa: E731
     return Case(f"{name} {kind}", kind, "gradclip_measure", source, work=work, worked=worked)
 

@@ -5,6 +5,7 @@ The kernels are compiled and disassembled, not run: `pip install 'gradclip[cuda-
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -64,32 +65,56 @@ class Held(NamedTuple):
     always: str = ""  # and with any data
 
 
-#: To be tightened as kernels get better, never loosened in silence.
+ALL = "A100 H100 4090 T4 3090"
+#: To be tightened as kernels get better, never loosened in silence. The first ones are what matters: norms and scaling
+#: at the bandwidth of every card, whatever the data; of float64 where there are units for it.
 HELD = {
-    "norm float32": Held(9.5, 1, 1, 21, "A100 H100 4090", "A100 H100"),
-    "norm float16": Held(15.5, 2, 0, 15.5, "A100 H100", "A100 H100"),
-    "norm bfloat16": Held(15.5, 2, 0, 15.5, "A100 H100", "A100 H100"),
-    "norm float64": Held(39, 26, 0, 39, "H100", "H100"),
-    "p = 1 float32": Held(9.5, 1, 1, 21, "A100 H100 4090", "A100 H100"),
-    "p = 1 bfloat16": Held(15.5, 2, 0, 15.5, "A100 H100", "A100 H100"),
-    "p = inf float32": Held(37.5, 14, 1, 49, "H100"),
-    "p = inf bfloat16": Held(42.5, 15, 0, 42.5),
-    "rms float32": Held(10.5, 1, 1, 22, "A100 H100 4090", "A100 H100"),
-    "rms bfloat16": Held(15.5, 2, 0, 15.5, "A100 H100", "A100 H100"),
-    "norm, kept axis, long rows, float32": Held(20, 1, 1, 32.5, "A100 H100 4090", "A100 H100"),
-    "norm, kept axis, long rows, bfloat16": Held(24, 2, 0, 24),
-    "norm, kept axis, short rows or columns, float32": Held(41, 1, 1, 53.5, "A100 H100 4090"),
-    "norm, kept axis, short rows or columns, bfloat16": Held(45, 2, 0, 45),
-    "scale float32": Held(20.5, 6.5, 2, 61, "A100 H100", "A100 H100"),
-    "scale float16": Held(43, 4.5, 0, 50),
-    "scale bfloat16": Held(43, 4.5, 0, 50),
-    "scale float64": Held(6, 3, 0, 6, "A100 H100 4090 T4 3090", "A100 H100 4090 T4 3090"),
-    "scale, by leaf, float32": Held(25, 7, 2, 64.5, "A100 H100", "A100 H100"),
-    "scale, by leaf, bfloat16": Held(47, 5, 0, 53.5),
-    "scale, kept axis, float32": Held(64, 9, 2, 243.5, "A100 H100"),
-    "scale, kept axis, bfloat16": Held(127.5, 7, 0, 226),
-    "weighted sum float32": Held(25, 4, 1, 37.5, "A100 H100", "A100 H100"),
-    "weighted sum float64": Held(16.5, 4, 0, 16.5, "A100 H100 4090", "A100 H100 4090"),
+    "norm float16": Held(6, 0.3, 0.3, 9.5, ALL, ALL),
+    "norm bfloat16": Held(6.5, 0.3, 0.3, 10, ALL, ALL),
+    "norm float32": Held(8, 0.5, 0.5, 13.5, ALL, ALL),
+    "norm float64": Held(28, 10, 0, 57.5, "A100 H100", "A100 H100"),
+    "norm, small trees, float32": Held(4, 1, 1, 4, "A100 H100 4090", "A100 H100 4090"),
+    "norm, small trees, float16": Held(4.5, 1, 1, 4.5, "A100 H100", "A100 H100"),
+    "norm, small trees, bfloat16": Held(5, 1, 1, 5, "A100 H100", "A100 H100"),
+    "p = 1 float16": Held(5.5, 0.3, 0.3, 9, ALL, ALL),
+    "p = 1 bfloat16": Held(6, 0.3, 0.3, 9.5, ALL, ALL),
+    "p = 1 float32": Held(7.5, 0.5, 0.5, 12.5, ALL, ALL),
+    "p = 1 float64": Held(27, 9, 0, 55.5, "A100 H100", "A100 H100"),
+    "p = inf float16": Held(3, 0, 0, 4, ALL, ALL),
+    "p = inf bfloat16": Held(3, 0, 0, 4, ALL, ALL),
+    "p = inf float32": Held(3.5, 0, 0, 3.5, ALL, ALL),
+    "p = inf float64": Held(4.5, 0, 0, 9.5, ALL, ALL),
+    "rms float16": Held(6, 0.3, 0.3, 9.5, ALL, ALL),
+    "rms bfloat16": Held(6.5, 0.3, 0.3, 10, ALL, ALL),
+    "rms float32": Held(8, 0.5, 0.5, 13.5, ALL, ALL),
+    "rms float64": Held(28, 10, 0, 57.5, "A100 H100", "A100 H100"),
+    "norm, kept axis, long rows, float32": Held(8, 0.5, 0.5, 13.5, ALL, ALL),
+    "norm, kept axis, long rows, float16": Held(6, 0.3, 0.3, 9.5, ALL, ALL),
+    "norm, kept axis, long rows, bfloat16": Held(6.5, 0.3, 0.3, 10, ALL, ALL),
+    "norm, kept axis, short rows or columns, float32": Held(17.5, 0.5, 0.5, 22.5, ALL, ALL),
+    "norm, kept axis, short rows or columns, float16": Held(15, 0.3, 0.3, 18.5, ALL, ALL),
+    "norm, kept axis, short rows or columns, bfloat16": Held(15, 0.3, 0.3, 18.5, ALL, ALL),
+    "scale float16": Held(9.5, 0, 0, 9.5, ALL, ALL),
+    "scale bfloat16": Held(17, 0, 0, 17, ALL, ALL),
+    "scale float32": Held(12, 0.2, 0, 31, ALL, ALL),
+    "scale float64": Held(8.5, 1, 0, 8.5, ALL, ALL),
+    "scale, by leaf, float32": Held(12, 0, 0, 31, ALL, ALL),
+    "scale, by leaf, float16": Held(9.5, 0, 0, 9.5, ALL, ALL),
+    "scale, by leaf, bfloat16": Held(17, 0, 0, 17, ALL, ALL),
+    "scale, kept axis, long rows, float32": Held(13, 0, 0, 32.5, ALL, ALL),
+    "scale, kept axis, long rows, float16": Held(10, 0, 0, 10, ALL, ALL),
+    "scale, kept axis, long rows, bfloat16": Held(18, 0, 0, 18, ALL, ALL),
+    "scale, kept axis, short rows or columns, float32": Held(29.5, 0, 0, 47.5, ALL, ALL),
+    "scale, kept axis, short rows or columns, float16": Held(26.5, 0, 0, 26.5, ALL, ALL),
+    "scale, kept axis, short rows or columns, bfloat16": Held(32.5, 0, 0, 32.5, ALL, ALL),
+    "clip by value float16": Held(6.5, 0, 0, 10, ALL, ALL),
+    "clip by value bfloat16": Held(7.5, 0, 0, 14, ALL, ALL),
+    "clip by value float32": Held(7.5, 0, 0, 14, ALL, ALL),
+    "clip by value float64": Held(9, 1, 0, 13, ALL, ALL),
+    "weighted sum float16": Held(37, 3, 1, 37, "", ""),
+    "weighted sum bfloat16": Held(37, 3, 1, 37, "", ""),
+    "weighted sum float32": Held(35.5, 3, 1, 35.5, "A100 H100", "A100 H100"),
+    "weighted sum float64": Held(35.5, 3, 0, 35.5, "A100 H100 4090 T4", "A100 H100 4090 T4"),
 }
 SPILLED = 8  # bytes, at most, on any card
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -112,7 +137,8 @@ def test_counts_are_held(case: Case) -> None:
     assert ordinary.counts.get("convert64", 0) <= held.convert64
     assert worst.instructions <= held.worst
     assert found.machine.registers > 0  # the compiler's log was understood
-    assert found.threads >= 512
+    assert found.threads >= 768
+    assert ordinary.in_flight[1] * found.threads >= 12 * 1024  # bytes of loads under way, on an SM
     newest = cuda_model.counted(case, max(cuda_model.ARCHS))  # no card of it is in the table
     assert newest.machine.spilled <= SPILLED
     assert newest.ways[0].counts.get("fp64", 0) <= held.fp64 + 1
@@ -134,10 +160,8 @@ def test_shares_are_held(case: Case, card: cards.Card) -> None:
 @needs_compiler
 def test_work_that_no_path_does_is_told():
     """In the table too, which goes on."""
-    case, why = (
-        CASES[0]._replace(work="MUFU"),
-        "norm float32: no path of the hot loop of gradclip_measure does the work",
-    )
+    case = CASES[0]._replace(work="MUFU")
+    why = f"{case.name}: no path of the hot loop of gradclip_measure does the work"
     with pytest.raises(LookupError, match=why):
         cuda_model.counted(case, ARCH)
     told, counted = cuda_model.rows([case, CASES[3]])
@@ -153,14 +177,16 @@ def test_the_command_prints_the_table(capsys):
     assert head.startswith("| per element | instructions | FP64 |")
     assert rule.startswith("| --- | ---: |")
     counted = cuda_model.counted(next(case for case in CASES if case.name == "norm float64"), ARCH)
-    assert row.startswith(f"| norm float64 | {counted.ways[0].instructions:.1f} | 26 | 0 |")
+    assert row.startswith(f"| norm float64 | {counted.ways[0].instructions:.1f} | 10 | 0 |")
     assert head.count("|") == rule.count("|") == row.count("|") == 18
-    assert "p = 2.0 14 and 128" in "\n".join(rest)
+    assert "p = 2.0 22 and 248" in "\n".join(rest)
 
 
 def test_programs_are_counted():
-    """Of one dtype of six: six to measure, six to spread, one that joins, one that settles."""
-    assert len(of_norm(2.0, 1)) == 6 + 6 + 1 + 1
-    assert len(of_norm(2.0, 6)) == 63 + 63 + 1 + 1
-    assert len(of_the_rest(1)) == 2 + (6 + 6 + 1) + 4 * 4
+    """Of one dtype of six: to measure and to spread six each, of narrow ones quickly too; one joins, one settles."""
+    assert len(of_norm(2.0, 1)) == 2 * (6 + 4) + 1 + 1
+    assert len(of_norm(2.0, 6)) == 248
+    assert len(of_norm(math.inf, 1)) == 2 * 6 + 1 + 1
+    assert len(of_norm(math.inf, 6)) == 2 * 63 + 1 + 1
+    assert len(of_the_rest(1)) == 2 + (6 + 6 + 1) + 5 * 4
     assert len(first_clip()) == len({source for _, source, _ in first_clip()})
