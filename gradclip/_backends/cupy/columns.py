@@ -46,10 +46,13 @@ def blocks(pieces: Any) -> int:
     return min(int(pieces), _BLOCKS)
 
 
+_NOTHING = Laid([], [], 0, [], False)
+
+
 def split(laid: Laid, keep: Sequence[int | None]) -> tuple[Laid, Laid]:
     """Which leaves are in one group each, and of which an axis is kept."""
     if keep.count(None) == len(keep):
-        return laid, laid.only([])
+        return laid, _NOTHING
     found: tuple[list[int], list[int]] = [], []
     for i, (leaf, axis) in enumerate(zip(laid.leaves, keep, strict=True)):
         found[axis is not None and leaf.shape[axis] > 1].append(i)
@@ -71,7 +74,9 @@ def measured(laid: Laid, norm: Norm, groups: Groups, seen: Sequence[Array]) -> C
         launches = list(table.tables(table.entries(whole, real=False, runs=runs, count=count if grouped else 0)))
     widths = [blocks(launch["chunks"]) + (int(launch["leaves"]) if grouped else 0) for launch in launches]
     *starts, total = accumulate(widths, initial=0)
-    tiled, total = tiles.tables(kept.leaves, table.runs_of(kept, groups), len(kinds) * count, total)
+    tiled: list[Any] = []
+    if kept.leaves:
+        tiled, total = tiles.tables(kept.leaves, table.runs_of(kept, groups), len(kinds) * count, total)
     check(count, total)
     values = cupy.empty((norm.slots[step], total), cupy.float64)
     keys = cupy.empty(total, cupy.uint32) if grouped else NULL
