@@ -7,6 +7,7 @@ on a GPU no public counter tells whether the host has waited, so there the same 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import math
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def _counter() -> Any:
 
 @pytest.fixture(scope="module")
 def counter() -> Any:
+    gc.collect()  # else memory pools of tests before may be freed while something is counted, and that waits
     return _counter()
 
 

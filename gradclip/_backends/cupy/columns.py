@@ -49,10 +49,13 @@ def threads(groups: int) -> int:
     return THREADS if groups < _MANY else 32
 
 
+_NOTHING = Laid([], [], 0, [], False)
+
+
 def split(laid: Laid, keep: Sequence[int | None]) -> tuple[Laid, Laid]:
     """Which leaves are in one group each, and of which an axis is kept."""
     if keep.count(None) == len(keep):
-        return laid, laid.only([])
+        return laid, _NOTHING
     found: tuple[list[int], list[int]] = [], []
     for i, (leaf, axis) in enumerate(zip(laid.leaves, keep, strict=True)):
         found[axis is not None and leaf.shape[axis] > 1].append(i)
@@ -72,16 +75,14 @@ def measured(laid: Laid, norm: Norm, groups: Groups, seen: Sequence[Array], sing
     kinds = table.kinds(whole.distinct, real=False)
     if kinds:
         kernel = compiler.compiled(programs.measure(norm, step, kinds, quick), "gradclip_measure")
-        lines = table.entries(
-            whole,
-            real=False,
-            groups=np.array(whole.of(groups.base)) if grouped else None,
-            count=count if grouped else 0,
-        )
+        base = np.array(whole.of(groups.base)) if grouped else None
+        lines = table.entries(whole, real=False, groups=base, count=count if grouped else 0)
         launches = [(kernel.blocks(some["chunks"]), some) for some in table.tables(lines)]
     widths = [blocks + (int(some["leaves"]) if grouped else 0) for blocks, some in launches]
     *starts, total = accumulate(widths, initial=0)
-    tiled, total = tiles.measuring(kept.leaves, tiles.runs_of(kept, groups), len(kinds) * count, total)
+    tiled: list[Any] = []
+    if kept.leaves:
+        tiled, total = tiles.measuring(kept.leaves, tiles.runs_of(kept, groups), len(kinds) * count, total)
     check(count, total)
     values = cupy.empty((norm.slots[step], total), cupy.float64)
     keys = cupy.empty(total, cupy.uint32) if grouped else NULL
