@@ -19,7 +19,7 @@ pytest.importorskip("benchmarks.nvrtc", reason="benchmarks/ is not beside these 
 from benchmarks import nvrtc
 from benchmarks.nvrtc import architectures, compiled
 from gradclip._backends.cupy import expressions as xp
-from gradclip._backends.cupy import programs, table, tiles
+from gradclip._backends.cupy import gathers, programs, table, tiles
 from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, REAL
 from gradclip._backends.cupy.text import LEAVES, ONE, WHOLE
@@ -121,7 +121,7 @@ def test_sums_are_safe_from_what_is_lost_to_what_overflows():
     """
     unit = {"float": Fraction(2) ** -126, "double": Fraction(2) ** -1074}  # flushed below, or rounded to
     bits = {"float": 24, "double": 53}
-    for real, (least, most) in programs._SAFE.items():
+    for real, (least, most) in gathers.SAFE.items():
         r = RANGES["float32" if real == "float" else "float64"]
         few = 4 if real == "float" else 2
         assert few * unit[real] / Fraction(least) <= Fraction(2) ** -(bits[real] + 2)
