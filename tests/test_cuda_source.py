@@ -265,6 +265,31 @@ def test_loads_are_wide_and_the_table_is_not_copied(kind: str) -> None:
 
 
 @needs_nvrtc
+def test_what_must_not_be_flushed_is_not() -> None:
+    """CuPy asks for subnormal numbers to be flushed to zero; where they count, the instructions are such as do not."""
+
+    def ptx(source: str) -> bytes:
+        code, log = compiled(source, "compute_80")
+        assert code, log
+        return code
+
+    plain, quick = (ptx(programs.measure(TwoNorm(), 0, ("float32",), quick)) for quick in (False, True))
+    assert b"cvt.f64.f32" in plain
+    assert b".ftz" not in plain  # all else is in double
+    assert b"cvt.f64.f32" in quick
+    assert b"mul.rn.f32" in quick  # what is scaled
+    assert b"fma.rn.ftz.f32" in quick  # squares that were, or that are not small: their sum has told
+    clip = ptx(programs.clamp(("float32",)))
+    assert b"setp.lt.f32" in clip
+    scale = ptx(programs.scale(("float32",), ONE))
+    assert b"mul.rn.f32" in scale
+    assert b"fma.rn.f32" in scale
+    assert b"fma.rn.ftz" not in scale
+    for code in (plain, quick, clip, scale):
+        assert not re.search(rb"cvt\.(rn\.)?ftz\.f64", code)
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("p", [2.0, "rms", 3.0])
 def test_kernels_for_kept_axes_spill_nothing(p: float) -> None:
     """Neither sums nor the table are in memory of a thread's own."""

@@ -7,7 +7,7 @@ from typing import Any
 import mpmath
 import numpy as np
 import pytest
-from test_cupy_kernels import INF, check_right, columns, cupy, drawn, marks, programs
+from test_cupy_kernels import INF, check_right, columns, compiler, cupy, drawn, marks, programs, text
 
 import exact
 import gradclip
@@ -136,3 +136,35 @@ def test_products_that_are_subnormal_are_rounded_once(name: str) -> None:
     for c in (0.3, 0.77, 2.0**-10):
         out = gradclip.clip_grad_norm([cupy.array(x)], float(want * c)).grads[0]
         check_right(host(out), x, mpmath.mpf(float(want * c)) / want)
+
+
+def test_a_device_is_asked_once_how_many_blocks_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def each(kernel: int, threads: int, shared: int) -> int:
+        asked.append(threads)
+        return 5
+
+    monkeypatch.setattr(cupy.cuda.driver, "occupancyMaxActiveBlocksPerMultiprocessor", each)
+    source = 'extern "C" __global__ void asked_once(double* x) { x[blockIdx.x] = blockDim.x; }'
+    kernel = compiler.compiled(source, "asked_once")
+    most = 5 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    assert [kernel.blocks(n) for n in (1, most - 1, most, 10**9)] == [1, most - 1, most, most]
+    assert asked == [text.THREADS]
+    assert compiler.compiled(source, "asked_once") is kernel
+    out = cupy.zeros(3)
+    kernel(2, (out,), 32)
+    np.testing.assert_array_equal(host(out), [32, 32, 0])
+
+
+@pytest.mark.parametrize("p", [2.0, "rms", INF, -INF, 3.0])
+def test_many_groups_are_joined_by_few_threads(monkeypatch: pytest.MonkeyPatch, p: Any) -> None:
+    rng = np.random.default_rng(4)
+    values = [drawn(rng, shape, "float64", -5, 5) for shape in ((40, 90), (700,), (3, 500))]
+    leaves = [cupy.array(x) for x in values]
+    want = gradclip.clip_grad_norm(leaves, 0.5, p, per="unit"), gradclip.clip_grad_norm(leaves, 0.5, p)
+    monkeypatch.setattr(columns, "_MANY", 0)
+    got = gradclip.clip_grad_norm(leaves, 0.5, p, per="unit"), gradclip.clip_grad_norm(leaves, 0.5, p)
+    for mine, other in zip(got, want, strict=True):
+        for x, y in zip(mine.grads, other.grads, strict=True):
+            np.testing.assert_allclose(host(x), host(y), rtol=1e-14)
