@@ -79,30 +79,22 @@ def measure(norm: Norm, step: int, kinds: tuple[str, ...], quick: bool = False) 
 
     `quick`: a sum may be as exact as float32, not double: see `sums.CONTRIBUTE`.
     """
-    run = (
-        "const unsigned n = " + text.LENGTH + "; gather_{1}((const {0}*)source, n, threadIdx.x ? 0.0 : n, s, c, peak, "
-    )
-    run += "seen + t.to[low] % groups, groups);"
-    flush = sums.FLUSH % {**_joining(norm, step), "choice": _choice(kinds, run), "peak": gathers.peak(norm, step)}
-    body = {"gather": gathers.functions(norm, step, kinds, quick), "chunks": _chunks(flush)}
-    return _HEAD + _table(ONE) + _sums(norm, step) + sums.MEASURE % {**_joining(norm, step), **body}
+    run = f"const unsigned n = {text.LENGTH}; "
+    run += "gather_{1}((const {0}*)source, n, threadIdx.x ? 0.0 : n, s, c, peak, seen + t.to[low] % groups, groups);"
+    joining, gather = _joining(norm, step), gathers.functions(norm, step, kinds, quick)
+    flush = sums.FLUSH % {**joining, "choice": _choice(kinds, run), "peak": gathers.peak(norm, step)}
+    body = sums.MEASURE % {**joining, "gather": gather, "chunks": _chunks(flush)}
+    return _HEAD + _table(ONE) + sums.JOINING % joining + body
 
 
 @lru_cache(maxsize=256)
 def spread(norm: Norm, step: int, kinds: tuple[str, ...], quick: bool = False) -> str:
     """The same over leaves of which an axis is kept."""
     run = "gather_{1}((const {0}*)t.from[low] + area.skipped, area, n, s, c, peak, seen + key % groups, groups);"
-    body = {
-        "gather": gathers.functions(norm, step, kinds, quick),
-        "find": text.FIND % {"piece": "tile"},
-        "peak": gathers.peak(norm, step),
-    }
-    body |= {"choice": _choice(kinds, run)}
-    return _HEAD + _area() + _sums(norm, step) + sums.SPREAD % {**_joining(norm, step), **body}
-
-
-def _sums(norm: Norm, step: int) -> str:
-    return sums.JOINING % _joining(norm, step)
+    joining, gather = _joining(norm, step), gathers.functions(norm, step, kinds, quick)
+    body = {"gather": gather, "find": text.FIND % {"piece": "tile"}, "peak": gathers.peak(norm, step)}
+    body["choice"] = _choice(kinds, run)
+    return _HEAD + _area() + sums.JOINING % joining + sums.SPREAD % {**joining, **body}
 
 
 @lru_cache(maxsize=256)
