@@ -67,17 +67,16 @@ class Rows(NamedTuple):
 def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
     """What the leaves contribute to the pass after those that were `seen`: an array (slots, groups)."""
     acc, op, on_mesh = accumulation(leaves), norm.ops[len(seen)], any(map(may_be_sharded, leaves))
-    rows = _rows(leaves, groups, on_mesh)
-    if not rows:
+    if all(0 in leaf.shape for leaf in leaves):
         return jnp.full((norm.slots[len(seen)], groups.count), identity(op), acc)
-    ids = np.concatenate([row.owners for row in rows])
 
     # The cast to `acc` stands in the function that adds up. Outside, the wide array would be made: for 24 million
     # bfloat16 elements the norm took 47 ms with it, and takes 1 ms.
     def found(arrays: list[Array], limit: int = SHORT) -> Array:
+        rows = _rows(arrays, groups, on_mesh)
+        ids = np.concatenate([row.owners for row in rows])
         limit = 0 if on_mesh else limit  # a compensated sum would gather
-        these = [row._replace(array=x) for row, x in zip(rows, arrays, strict=True)]
-        terms = [norm.terms(jnp, parts(row.array, acc), tuple(_entries(s, row) for s in seen)) for row in these]
+        terms = [norm.terms(jnp, parts(row.array, acc), tuple(_entries(s, row) for s in seen)) for row in rows]
         each = [
             _alike(slot[0], rows, groups.count, acc)
             if isinstance(slot[0], float)
@@ -92,23 +91,22 @@ def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> 
         ]
         return jnp.stack(each)
 
-    def in_float64(arrays: list[Array], quick: bool = False) -> Array:
+    def in_float64(arrays: list[Array], quick: bool = False, alone: bool = False) -> Array:
         assert isinstance(norm, SumNorm)
-        these = [row._replace(array=x) for row, x in zip(rows, arrays, strict=True)]
-        bins = _in_float64(norm, these, quick, ids, groups.count)
+        rows = _rows(arrays, groups, on_mesh, alone)
+        bins = _in_float64(norm, rows, quick, groups.count)
         more = [_alike(1.0, rows, groups.count, acc)[None]] if isinstance(norm, RmsNorm) else []
         return jnp.concatenate([bins, *more])
 
-    arrays = [row.array for row in rows]
+    arrays = list(leaves)
     if op != "sum":
         return found(arrays)
     if not isinstance(norm, SumNorm) or acc != jnp.float32:
         longest = SHORT if PLAIN_IS_EXACT else _PROMISED
         return lax.platform_dependent(arrays, cpu=with_(found, limit=longest), default=found)
     on_cpu = with_(in_float64, quick=PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh)
-    # XLA's GPU compiler writes out what it is to add up along a leading axis, where that is more than a square.
-    on_gpu = {"cuda": in_float64, "rocm": in_float64} if groups.kept else {}
-    return lax.platform_dependent(arrays, cpu=on_cpu, **on_gpu, default=found)
+    on_gpu = with_(in_float64, alone=True)
+    return lax.platform_dependent(arrays, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=found)
 
 
 def parts(x: Array, acc: Any) -> Parts:
@@ -118,7 +116,7 @@ def parts(x: Array, acc: Any) -> Parts:
     return (x.astype(acc),)
 
 
-def _rows(leaves: Sequence[Array], groups: Groups, on_mesh: bool) -> list[Rows]:
+def _rows(leaves: Sequence[Array], groups: Groups, on_mesh: bool, alone: bool = False) -> list[Rows]:
     """All elements, in arrays of one dtype each.
 
     Short leaves of one group are strung together, and short rows of one length stacked. One of which an axis is kept
@@ -126,7 +124,7 @@ def _rows(leaves: Sequence[Array], groups: Groups, on_mesh: bool) -> list[Rows]:
     On a mesh, leaves that are spread in different ways would be gathered so: there they stay apart, unless they are too
     many. Leaves are kept apart that JAX's types keep apart (varying axes, explicit shardings).
     """
-    alone = on_mesh and len(leaves) <= _ALONE
+    alone = alone or (on_mesh and len(leaves) <= _ALONE)
     strings: dict[Any, list[Array]] = defaultdict(list)
     kept = []
     for i, (leaf, keep, group) in enumerate(zip(leaves, groups.keep, groups.base, strict=True)):
@@ -135,7 +133,7 @@ def _rows(leaves: Sequence[Array], groups: Groups, on_mesh: bool) -> list[Rows]:
         if keep is not None:
             kept.append(Rows(leaf, keep, range(group, group + leaf.shape[keep])))
         else:
-            strung = is_short(leaf) and not on_mesh
+            strung = is_short(leaf) and not on_mesh and not alone
             key = (group, leaf.dtype, varying(leaf)) if strung else (group, i)
             strings[key].append(leaf.reshape(-1) if strung else leaf)
     pieces = [string[0] if len(string) == 1 else jnp.concatenate(string) for string in strings.values()]
@@ -210,7 +208,7 @@ def _two_sum(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Arr
     return s, lax.add(rest, lax.add(x_rest, y_rest))
 
 
-def _in_float64(norm: SumNorm, rows: list[Rows], quick: bool, ids: Array, count: int) -> Array:
+def _in_float64(norm: SumNorm, rows: list[Rows], quick: bool, count: int) -> Array:
     """The bins of rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled.
 
     That needs no bins. 25 million elements on 2 cores: 5 to 8 ms, the plain sum in float32 3 ms, in bins 102 ms. So
@@ -235,7 +233,8 @@ def _in_float64(norm: SumNorm, rows: list[Rows], quick: bool, ids: Array, count:
             safe = jnp.all(jnp.logical_and(plain >= r.thin, plain <= r.huge**2))
             found = lax.cond(safe, lambda tried, found: found, lambda tried, found: sums(tried), tried, found)
         found |= sums({i: x for i, x in arrays.items() if i not in tried})
-        total = joined([found[i] for i in arrays], ids, count, "sum", len(ids))
+        ids = np.concatenate([row.owners for row in rows])
+        total = joined([found[i] for i in arrays], ids, count, "sum", limit=0)
         if norm.binned:
             return norm.in_bins(jnp, total)
         nothing = jnp.zeros_like(total)  # a norm without bins looks into the middle one only, for NaN too
