@@ -1,0 +1,96 @@
+"""The policy in the numbers that a platform is good at: in float64 where that is at hand, it takes a tenth of the program.
+
+In float32 a norm is a mantissa and an exponent, and what is done with it takes hundreds of operations, most of what
+compiling a small clip took. In float64, which JAX has also where it is not enabled, it is one number. TPUs have no
+float64 of their own: there the long way stands behind a condition that ordinary numbers do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gradclip._backends.generic import Backend
+from gradclip._decide import Bounds, Verdict
+from gradclip._groups import Groups
+from gradclip._norms import ExtremeNorm, Norm, Seen, SumNorm
+from gradclip._scaled import RANGES, Factors, Scaled, range_of
+from gradclip._types import Array, Namespace, Nonfinite
+
+_R = RANGES["float32"]
+
+
+class _InFloat64(Backend):
+    """Runs the policy of narrow gradients on plain float64 numbers."""
+
+    def __init__(self, reported: Callable[..., list[Array]]) -> None:
+        super().__init__(jnp)
+        self._as_reported = reported
+
+    def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
+        return _wide(norm.finish(xp, rows))
+
+    def _quotient(self, xp: Namespace, numerator: Scaled, denominator: Scaled) -> Factors:
+        """As `quotient` does it: in float32, by steps that lose no bits."""
+        plain = numerator.mantissa / denominator.mantissa
+        small, large = plain < 1 / _R.lift, plain > _R.lift
+        one, t = xp.ones_like(plain), _R.shift
+        shift = xp.where(large, t * one, xp.where(small, one / t, one))
+        back = xp.where(large, one / t**2, xp.where(small, t**2 * one, one))
+        factor = xp.minimum(plain * back, _R.largest * one)
+        return Factors(xp.astype(factor, xp.float32), xp.astype(shift, xp.float32))
+
+    def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
+        return self._as_reported(norm, wide, groups)
+
+
+def _wide(x: Scaled) -> Scaled:
+    """In float64. 2**(90 e) is put together from its bits: no power is exact in XLA for sure."""
+    mantissa = jnp.asarray(x.mantissa).astype(jnp.float64)
+    if x.exponent is None:
+        return Scaled(mantissa, None)
+    e = jnp.clip(jnp.asarray(x.exponent), -11, 11).astype(jnp.int64)  # what is beyond is beyond any float32
+    power = lax.bitcast_convert_type((e * 90 + 1023) << 52, jnp.float64)
+    return Scaled(mantissa * power, None)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 4, 5, 6))
+def decided(
+    backend: Backend,
+    norm: Norm,
+    partials: Seen,
+    bounds: Bounds,
+    groups: Groups,
+    nonfinite: Nonfinite,
+    relative: bool,
+) -> Verdict:
+    """`Backend.decide`."""
+
+    def at_length(partials: Seen, bounds: Bounds) -> Verdict:
+        return Backend.decide(backend, norm, partials, bounds, groups, nonfinite, relative)
+
+    def in_float64(partials: Seen, bounds: Bounds) -> Verdict:
+        with jax.enable_x64(True):
+            wide = Bounds(*(None if x is None else _wide(x) for x in bounds))
+            return _InFloat64(backend._reported).decide(norm, partials, wide, groups, nonfinite, relative)
+
+    narrow = all(x.dtype == jnp.float32 for x in jax.tree.leaves((partials, bounds)))
+    if not narrow or not isinstance(norm, SumNorm | ExtremeNorm):  # other norms may be beyond float64
+        return at_length(partials, bounds)
+    return lax.platform_dependent(partials, bounds, cpu=in_float64, cuda=in_float64, rocm=in_float64, default=at_length)
+
+
+@decided.defjvp
+def _decided_jvp(
+    backend: Backend, norm: Norm, groups: Groups, nonfinite: Nonfinite, relative: bool, primals: Any, tangents: Any
+) -> Any:
+    def at_length(partials: Seen, bounds: Bounds) -> Verdict:
+        return Backend.decide(backend, norm, partials, bounds, groups, nonfinite, relative)
+
+    return jax.jvp(at_length, primals, tangents)
