@@ -81,7 +81,7 @@ def decided(
             return _InFloat64(backend._reported).decide(norm, partials, wide, groups, nonfinite, relative)
 
     narrow = all(x.dtype == jnp.float32 for x in jax.tree.leaves((partials, bounds)))
-    if not narrow or not isinstance(norm, SumNorm | ExtremeNorm):  # other norms may be beyond float64
+    if not narrow or any(groups.wide) or not isinstance(norm, SumNorm | ExtremeNorm):  # others may be beyond float64
         return at_length(partials, bounds)
     return lax.platform_dependent(partials, bounds, cpu=in_float64, cuda=in_float64, rocm=in_float64, default=at_length)
 
