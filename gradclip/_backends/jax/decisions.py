@@ -1,4 +1,4 @@
-"""The policy in the numbers that a platform is good at: in float64 where that is at hand, it takes a tenth of the program.
+"""The policy in the numbers that a platform is good at: float64 where that is at hand takes a tenth of the program.
 
 In float32 a norm is a mantissa and an exponent, and what is done with it takes hundreds of operations, most of what
 compiling a small clip took. In float64, which JAX has also where it is not enabled, it is one number. TPUs have no
@@ -13,14 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import ExtremeNorm, Norm, Seen, SumNorm
-from gradclip._scaled import RANGES, Factors, Scaled, range_of
+from gradclip._scaled import RANGES, Factors, Scaled
 from gradclip._types import Array, Namespace, Nonfinite
 
 _R = RANGES["float32"]

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gradclip._backends.jax import sums
 from gradclip._backends.jax.arrays import may_be_sharded, spread, whole
+from gradclip._backends.jax.rows import stacks as stacked
 from gradclip._backends.leaf import against
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._groups import Groups
@@ -111,7 +111,7 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
         return [_scaled(leaf, *(shaped(x, leaf, keep) for x in by[block])) for leaf, block, keep in each]
 
     def in_stacks(leaves: list[Array], *rows: Array) -> list[Array]:
-        out, stacks = list(leaves), sums.stacks(leaves)
+        out, stacks = list(leaves), stacked(leaves)
         order = np.array([groups.base[i] for some in stacks for i in some])
         by = zip(*(lax.split(row[order, None], list(map(len, stacks))) for row in rows), strict=True)
         for some, these in zip(stacks, by, strict=True):
