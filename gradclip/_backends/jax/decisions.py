@@ -71,25 +71,47 @@ def decided(
 ) -> Verdict:
     """`Backend.decide`."""
 
-    def at_length(partials: Seen, bounds: Bounds) -> Verdict:
-        return Backend.decide(backend, norm, partials, bounds, groups, nonfinite, relative)
-
     def in_float64(partials: Seen, bounds: Bounds) -> Verdict:
         with jax.enable_x64(True):
             wide = Bounds(*(None if x is None else _wide(x) for x in bounds))
-            return _InFloat64(backend._reported).decide(norm, partials, wide, groups, nonfinite, relative)
+            found = _InFloat64(backend._reported).decide(norm, partials, wide, groups, nonfinite, relative)
+        return _as_number(found) if groups.count == 1 else found
 
+    at_length = partial(_at_length, backend, norm, groups, nonfinite, relative)
     narrow = all(x.dtype == jnp.float32 for x in jax.tree.leaves((partials, bounds)))
     if not narrow or any(groups.wide) or not isinstance(norm, SumNorm | ExtremeNorm):  # others may be beyond float64
         return at_length(partials, bounds)
     return lax.platform_dependent(partials, bounds, cpu=in_float64, cuda=in_float64, rocm=in_float64, default=at_length)
 
 
+def _at_length(
+    backend: Backend,
+    norm: Norm,
+    groups: Groups,
+    nonfinite: Nonfinite,
+    relative: bool,
+    partials: Seen,
+    bounds: Bounds,
+) -> Verdict:
+    """In the dtype of the partials. One group has an empty one beside it: XLA's TPU compiler fuses rows, not numbers."""
+    if groups.count != 1:
+        return Backend.decide(backend, norm, partials, bounds, groups, nonfinite, relative)
+    partials = tuple(lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 1, 1))) for x in partials)
+    bounds = jax.tree.map(lambda x: jnp.append(x, jnp.ones((1,), x.dtype)), bounds)
+    two = Groups((), (), ((2,),), groups.wide)
+    found = Backend.decide(backend, norm, partials, bounds, two, nonfinite, relative)
+    found = _as_number(jax.tree.map(lambda x: x[0], found))
+    return found._replace(norms=[x.reshape(groups.shapes[0]) for x in found.norms])
+
+
+def _as_number(found: Verdict) -> Verdict:
+    """What was decided about one group, 0-d whatever the bounds were."""
+    rest = jax.tree.map(lambda x: x.reshape(()), found._replace(norms=[]))
+    return rest._replace(norms=found.norms)
+
+
 @decided.defjvp
 def _decided_jvp(
     backend: Backend, norm: Norm, groups: Groups, nonfinite: Nonfinite, relative: bool, primals: Any, tangents: Any
 ) -> Any:
-    def at_length(partials: Seen, bounds: Bounds) -> Verdict:
-        return Backend.decide(backend, norm, partials, bounds, groups, nonfinite, relative)
-
-    return jax.jvp(at_length, primals, tangents)
+    return jax.jvp(partial(_at_length, backend, norm, groups, nonfinite, relative), primals, tangents)
