@@ -25,12 +25,19 @@ from gradclip._types import Array, Namespace, Nonfinite
 _R = RANGES["float32"]
 
 
-class _InFloat64(Backend):
-    """Runs the policy of narrow gradients on plain float64 numbers."""
+class _Undifferentiated(Backend):
+    """Runs the policy without derivative rules."""
 
     def __init__(self, reported: Callable[..., list[Array]]) -> None:
         super().__init__(jnp)
         self._as_reported = reported
+
+    def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
+        return self._as_reported(norm, wide, groups)
+
+
+class _InFloat64(_Undifferentiated):
+    """Runs the policy of narrow gradients on plain float64 numbers."""
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
         return _wide(norm.finish(xp, rows))
@@ -44,9 +51,6 @@ class _InFloat64(Backend):
         back = xp.where(large, one / t**2, xp.where(small, t**2 * one, one))
         factor = xp.minimum(plain * back, _R.largest * one)
         return Factors(xp.astype(factor, xp.float32), xp.astype(shift, xp.float32))
-
-    def _reported(self, norm: Array, wide: Any, groups: Groups) -> list[Array]:
-        return self._as_reported(norm, wide, groups)
 
 
 def _wide(x: Scaled) -> Scaled:
@@ -74,44 +78,36 @@ def decided(
     def in_float64(partials: Seen, bounds: Bounds) -> Verdict:
         with jax.enable_x64(True):
             wide = Bounds(*(None if x is None else _wide(x) for x in bounds))
-            found = _InFloat64(backend._reported).decide(norm, partials, wide, groups, nonfinite, relative)
-        return _as_number(found) if groups.count == 1 else found
+            return run(_InFloat64(backend._reported), partials, wide)
 
-    at_length = partial(_at_length, backend, norm, groups, nonfinite, relative)
+    def at_length(partials: Seen, bounds: Bounds) -> Verdict:
+        """One group has an empty one beside it: XLA's TPU compiler fuses rows, and not numbers."""
+        plain = _Undifferentiated(backend._reported)
+        if groups.count != 1:
+            return run(plain, partials, bounds)
+        partials = tuple(lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 1, 1))) for x in partials)
+        bounds = jax.tree.map(lambda x: jnp.append(x, jnp.ones((1,), x.dtype)), bounds)
+        two = Groups((), (), ((2,),), groups.wide)
+        found = jax.tree.map(lambda x: x[0], plain.decide(norm, partials, bounds, two, nonfinite, relative))
+        return found._replace(norms=[x.reshape(groups.shapes[0]) for x in found.norms])
+
+    run = partial(_run, norm=norm, groups=groups, nonfinite=nonfinite, relative=relative)
     narrow = all(x.dtype == jnp.float32 for x in jax.tree.leaves((partials, bounds)))
     if not narrow or any(groups.wide) or not isinstance(norm, SumNorm | ExtremeNorm):  # others may be beyond float64
-        return at_length(partials, bounds)
+        return run(backend, partials, bounds)
     return lax.platform_dependent(partials, bounds, cpu=in_float64, cuda=in_float64, rocm=in_float64, default=at_length)
-
-
-def _at_length(
-    backend: Backend,
-    norm: Norm,
-    groups: Groups,
-    nonfinite: Nonfinite,
-    relative: bool,
-    partials: Seen,
-    bounds: Bounds,
-) -> Verdict:
-    """In the dtype of the partials. One group has an empty one beside it: XLA's TPU compiler fuses rows, not numbers."""
-    if groups.count != 1:
-        return Backend.decide(backend, norm, partials, bounds, groups, nonfinite, relative)
-    partials = tuple(lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, 1, 1))) for x in partials)
-    bounds = jax.tree.map(lambda x: jnp.append(x, jnp.ones((1,), x.dtype)), bounds)
-    two = Groups((), (), ((2,),), groups.wide)
-    found = Backend.decide(backend, norm, partials, bounds, two, nonfinite, relative)
-    found = _as_number(jax.tree.map(lambda x: x[0], found))
-    return found._replace(norms=[x.reshape(groups.shapes[0]) for x in found.norms])
-
-
-def _as_number(found: Verdict) -> Verdict:
-    """What was decided about one group, 0-d whatever the bounds were."""
-    rest = jax.tree.map(lambda x: x.reshape(()), found._replace(norms=[]))
-    return rest._replace(norms=found.norms)
 
 
 @decided.defjvp
 def _decided_jvp(
     backend: Backend, norm: Norm, groups: Groups, nonfinite: Nonfinite, relative: bool, primals: Any, tangents: Any
 ) -> Any:
-    return jax.jvp(partial(_at_length, backend, norm, groups, nonfinite, relative), primals, tangents)
+    run = partial(_run, backend, norm=norm, groups=groups, nonfinite=nonfinite, relative=relative)
+    return jax.jvp(run, primals, tangents)
+
+
+def _run(backend: Backend, partials: Seen, bounds: Bounds, groups: Groups, **settled: Any) -> Verdict:
+    """What is decided about one group is 0-d, whatever the bounds are."""
+    found = Backend.decide(backend, partials=partials, bounds=bounds, groups=groups, **settled)
+    rest = found._replace(norms=[])
+    return found if groups.count != 1 else jax.tree.map(lambda x: x.reshape(()), rest)._replace(norms=found.norms)

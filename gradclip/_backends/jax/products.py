@@ -107,6 +107,8 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
 
     def one_by_one(leaves: list[Array], *rows: Array) -> list[Array]:
         by = by_block(rows, groups)
+        if all(row.size == 1 for some in by for row in some):  # `_scaled` gives them the shape
+            return [_scaled(leaf, *by[block]) for leaf, block in zip(leaves, groups.block, strict=True)]
         each = zip(leaves, groups.block, groups.keep, strict=True)
         return [_scaled(leaf, *(shaped(x, leaf, keep) for x in by[block])) for leaf, block, keep in each]
 

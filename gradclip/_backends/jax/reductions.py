@@ -24,21 +24,28 @@ def parts(x: Array, acc: Any) -> Parts:
     return (x.astype(acc),)
 
 
-def reduced(x: Array, op: ReduceOp, limit: int, axis: int = 0) -> Array:
-    """One number for each index along an axis. In sums of up to `limit`, the rounding errors are added up beside."""
-    axes = tuple(i for i in range(x.ndim) if i != axis)
-    if op == "sum" and all(isinstance(n, int) for n in x.shape) and 1 < x.size // x.shape[axis] <= limit:
+def reduced(x: Array, op: ReduceOp, limit: int, axis: int | None = 0) -> Array:
+    """One number for each index along an axis; without one, one for all.
+
+    In sums of up to `limit` elements, the rounding errors are added up beside.
+    """
+    axes, n = tuple(i for i in range(x.ndim) if i != axis), 1 if axis is None else x.shape[axis]
+    if op == "sum" and all(isinstance(n, int) for n in x.shape) and 1 < x.size // n <= limit:
         zero = np.zeros((), x.dtype)
         s, rest = lax.reduce((x, jnp.zeros_like(x)), (zero, zero), _two_sum, axes)
-        return jnp.where(jnp.isfinite(rest), s + rest, s)
-    reduce = jnp.sum if op == "sum" else jnp.max if op == "max" else jnp.min
-    return reduce(x, axis=axes)
+        found = jnp.where(jnp.isfinite(rest), s + rest, s)
+    else:
+        found = (jnp.sum if op == "sum" else jnp.max if op == "max" else jnp.min)(x, axis=axes)
+    return found.reshape(1) if axis is None else found
 
 
 def joined(columns: list[Array], ids: Array, count: int, op: ReduceOp, limit: int) -> Array:
     """The columns of each group as one: looked up in a table, never scattered. `limit` is that of `reduced`."""
     if len({jax.typeof(x) for x in columns}) == 1 and np.array_equal(ids, np.tile(np.arange(count), len(columns))):
-        return reduced(jnp.stack(columns), op, limit, axis=1)
+        if len(columns) == 1:
+            return columns[0]
+        x = lax.concatenate(columns, 0)[:, None] if count == 1 else jnp.stack(columns)
+        return reduced(x, op, limit, axis=1)
     x = jnp.concatenate(list(map(whole, columns)))
     sizes, order = np.bincount(ids, minlength=count), np.argsort(ids, kind="stable")
     table = np.full((count, sizes.max()), len(ids), np.int32)

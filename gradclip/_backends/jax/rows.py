@@ -31,10 +31,10 @@ _ALONE = 256
 
 
 class Rows(NamedTuple):
-    """An array, and which group the elements at each index along one of its axes belong to."""
+    """An array, and which group the elements at each index along an axis belong to; all of them, without an axis."""
 
     array: Array
-    axis: int
+    axis: int | None
     owners: Sequence[int]
 
     @property
@@ -66,7 +66,13 @@ def rows_of(leaves: Sequence[Array], groups: Groups, on_mesh: bool, alone: bool 
     pieces = [string[0] if len(string) == 1 else jnp.concatenate(string) for string in strings.values()]
     owners = [group for group, *_ in strings]
     together = [[i] for i in range(len(pieces))] if alone else stacks(pieces)
-    return [Rows(jnp.stack([pieces[i] for i in some]), 0, [owners[i] for i in some]) for some in together] + kept
+    found = [
+        Rows(jnp.stack([pieces[i] for i in some]), 0, [owners[i] for i in some])
+        if len(some) > 1
+        else Rows(pieces[some[0]], None, [owners[some[0]]])
+        for some in together
+    ]
+    return found + kept
 
 
 def is_short(x: Array) -> bool:
@@ -85,10 +91,9 @@ def stacks(arrays: Sequence[Array]) -> list[list[int]]:
 def entries(seen: Array, row: Rows) -> Array:
     """The slots of these groups, to broadcast against the array."""
     first, n = row.owners[0] % seen.shape[1], len(row.owners)
-    is_range = isinstance(row.owners, range)
-    found = seen[:, first : first + n] if is_range else seen[:, np.asarray(row.owners) % seen.shape[1]]
-    shape = [1] * row.array.ndim
-    shape[row.axis] = n
+    in_order = isinstance(row.owners, range) or n == 1
+    found = seen[:, first : first + n] if in_order else seen[:, np.asarray(row.owners) % seen.shape[1]]
+    shape = [n if axis == row.axis else 1 for axis in range(row.array.ndim)]
     return found.reshape(-1, *shape)
 
 
