@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from gradclip._backends.jax.reductions import joined, parts, reduced
-from gradclip._backends.jax.rows import Rows, is_short
+from gradclip._backends.jax.rows import SHORT, Rows, entries, is_short
 from gradclip._norms import SumNorm
 from gradclip._scaled import RANGES
 from gradclip._types import Array
@@ -47,14 +47,11 @@ def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Arra
 
 
 def in_float32(norm: SumNorm, rows: list[Rows], count: int) -> Array:
-    """The same without float64, which TPUs lack: a second sum is of elements that are scaled up or down by group.
-
-    Each row is of one group.
-    """
+    """The same without float64, which TPUs lack: a second sum is of elements that are scaled up or down by group."""
 
     def joined_sums(arrays: list[Array], by: Array | None = None) -> Array:
-        each = [None] * count if by is None else [by] if count == 1 else lax.split(by, [1] * count)
-        sums = [_sum(norm, jnp.float32, None, x, each[row.owners[0]]) for x, row in zip(arrays, rows, strict=True)]
+        each = [None if by is None else entries(by[None], row)[0] for row in rows]
+        sums = [_sum(norm, jnp.float32, row.axis, x, y) for x, row, y in zip(arrays, rows, each, strict=True)]
         return _joined(dict(enumerate(sums)), rows, count, len(rows))
 
     def scaled(arrays: list[Array], plain: Array) -> Array:
@@ -88,8 +85,10 @@ def _sum(norm: SumNorm, acc: Any, axis: int | None, x: Array, by: Array | None =
     if by is not None:
         # An array, so that every element is scaled: of (x * s) * (x * s) XLA would make x * x * (s * s).
         one = jnp.ones_like(these[0])
-        these = tuple(part * jnp.where(jnp.abs(part) >= 0, by.reshape(()), one) for part in these)
-    each = [reduced(norm.term(jnp, some), "sum", 0, axis) for some in norm.apart(these)]
+        these = tuple(part * jnp.where(jnp.abs(part) >= 0, by, one) for part in these)
+    each = [
+        reduced(norm.term(jnp, some), "sum", SHORT if acc == jnp.float32 else 0, axis) for some in norm.apart(these)
+    ]
     return sum(each[1:], each[0])
 
 

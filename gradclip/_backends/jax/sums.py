@@ -5,7 +5,7 @@ from what XLA makes of it: `python -m benchmarks --only devices`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial as with_
 from typing import Any
 
@@ -67,18 +67,20 @@ def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> 
         bins = plain_sums.in_float64(norm, rows, count, quick) if wide else plain_sums.in_float32(norm, rows, count)
         return jnp.concatenate([bins, alike(1.0, rows, count, acc)[None]]) if isinstance(norm, RmsNorm) else bins
 
+    def by_platform(ways: dict[str, Callable[[list[Array]], Array]], default: Callable[..., Array]) -> Array:
+        on_gpu = with_(ways.pop("gpu", default), alone=True)
+        return lax.platform_dependent(arrays, **ways, cuda=on_gpu, rocm=on_gpu, default=default)
+
     if op == "max" and not any(dtype_name(x).startswith("complex") for x in leaves):
-        return lax.platform_dependent(arrays, cpu=by_largest, default=with_(by_largest, alone=True))
+        return by_platform({}, by_largest)
     if op != "sum":
-        return lax.platform_dependent(arrays, cpu=slot_by_slot, default=with_(slot_by_slot, alone=True))
+        return by_platform({}, slot_by_slot)
     if not isinstance(norm, SumNorm) or acc != jnp.float32:
-        on_cpu = with_(slot_by_slot, limit=SHORT if PLAIN_IS_EXACT else _PROMISED)
-        return lax.platform_dependent(arrays, cpu=on_cpu, default=with_(slot_by_slot, alone=True))
-    on_cpu = with_(summed, quick=PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh)
-    on_gpu = with_(summed, alone=True)
+        return by_platform({"cpu": with_(slot_by_slot, limit=SHORT if PLAIN_IS_EXACT else _PROMISED)}, slot_by_slot)
+    quick = PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh
     # Of many groups, one will be all zeros, and is taken for what lacks bits.
-    elsewhere = with_(slot_by_slot if on_mesh or groups.kept else with_(summed, wide=False), alone=True)
-    return lax.platform_dependent(arrays, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=elsewhere)
+    elsewhere = slot_by_slot if on_mesh or groups.kept else with_(summed, wide=False)
+    return by_platform({"cpu": with_(summed, quick=quick), "gpu": summed}, elsewhere)
 
 
 def _slot(terms: Sequence[Any], rows: list[Rows], count: int, acc: Any, op: ReduceOp, limit: int) -> Array:
