@@ -1033,13 +1033,31 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 class TestOtherPlatforms:
     """The code that a GPU gets, and a TPU, on the CPU."""
 
-    @pytest.mark.parametrize("p", [1.0, 2.0])
+    @pytest.mark.parametrize("p", [1.0, 2.0, INF])
     @pytest.mark.parametrize("dtype", list(_VALUES))
     def test_extremes_under_jit(self, chosen: list[str], dtype: str, p: float) -> None:
         chosen.clear()
         jax.config.update("jax_enable_x64", dtype in _WIDE)
         _check_constant(dtype, p)
-        assert {"summed", "slot_by_slot"} & set(chosen)
+        assert {"summed", "slot_by_slot", "by_largest"} & set(chosen)
+
+    @pytest.mark.parametrize("p", [1.0, 2.0, INF])
+    def test_leaves_of_all_magnitudes_decide_alone(self, chosen: list[str], p: float) -> None:
+        chosen.clear()
+        values = [1e20, 1e-30, 1.0, 0.0, 3e38, 1e12, math.nan, math.inf]
+        hosts = [np.full((3, 5), value, np.float32) for value in values]
+        clip = jax.jit(lambda g: gradclip.clip_grad_norm(g, 1e-3, p, per="leaf", nonfinite="zero"))
+        grads, norms = clip(list(map(jnp.asarray, hosts)))
+        assert chosen[0] == ("by_largest" if p == INF else "summed")
+        for host, got, norm in zip(hosts, grads, norms, strict=True):
+            if not np.isfinite(host).all():
+                assert same_bits(np.asarray(got), np.zeros_like(host))
+                np.testing.assert_array_equal(norm, host[0, 0])
+                continue
+            want = exact.norm([host], p)
+            exact.check_norm(norm, want, "float32")
+            right = host if want <= 1e-3 else np.full_like(host, float(1e-3 / want * float(host[0, 0])))
+            np.testing.assert_allclose(got, right, rtol=1e-6)
 
     def test_eager(self, chosen: list[str]) -> None:
         chosen.clear()

@@ -29,7 +29,7 @@ def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Arra
     arrays = {i: row.array for i, row in enumerate(rows)}
 
     def sums(arrays: dict[int, Array], acc: Any = jnp.float64) -> dict[int, Array]:
-        return {i: _sum(norm, acc, rows[i].axis, x).astype(jnp.float64) for i, x in arrays.items()}
+        return {i: _sum(norm, acc, 0, rows[i].axis, x).astype(jnp.float64) for i, x in arrays.items()}
 
     one_each = {i for i, row in enumerate(rows) if len(row.owners) == 1 or isinstance(row.owners, range)}
     tried = {i: x for i, x in arrays.items() if quick and i in one_each and not is_short(x)}
@@ -51,7 +51,7 @@ def in_float32(norm: SumNorm, rows: list[Rows], count: int) -> Array:
 
     def joined_sums(arrays: list[Array], by: Array | None = None) -> Array:
         each = [None if by is None else entries(by[None], row)[0] for row in rows]
-        sums = [_sum(norm, jnp.float32, row.axis, x, y) for x, row, y in zip(arrays, rows, each, strict=True)]
+        sums = [_sum(norm, jnp.float32, SHORT, row.axis, x, y) for x, row, y in zip(arrays, rows, each, strict=True)]
         return _joined(dict(enumerate(sums)), rows, count, len(rows))
 
     def scaled(arrays: list[Array], plain: Array) -> Array:
@@ -78,17 +78,15 @@ def _safe(plain: Array) -> Array:
     return jnp.all(jnp.logical_and(plain >= _R.thin, plain <= _R.huge**2))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _sum(norm: SumNorm, acc: Any, axis: int | None, x: Array, by: Array | None = None) -> Array:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sum(norm: SumNorm, acc: Any, limit: int, axis: int | None, x: Array, by: Array | None = None) -> Array:
     """The sums of the terms, as `reduced` gives them. Under a `jit` of its own it is traced once for equal leaves."""
     these = parts(x, acc)
     if by is not None:
         # An array, so that every element is scaled: of (x * s) * (x * s) XLA would make x * x * (s * s).
         one = jnp.ones_like(these[0])
         these = tuple(part * jnp.where(jnp.abs(part) >= 0, by, one) for part in these)
-    each = [
-        reduced(norm.term(jnp, some), "sum", SHORT if acc == jnp.float32 else 0, axis) for some in norm.apart(these)
-    ]
+    each = [reduced(norm.term(jnp, some), "sum", limit, axis) for some in norm.apart(these)]
     return sum(each[1:], each[0])
 
 
