@@ -32,7 +32,7 @@ device, shapes = sys.argv[1], [tuple(x) for x in json.loads(sys.argv[2])]
 lines = []
 for dtype in ("float32", "bfloat16"):
     lines += alone(device, "tree", dtype, shapes, list(CLIPS)) + in_a_step(device, dtype, 4)
-lines += alone(device, "many", "float32", [(1024,)] * 100, [""])
+lines += alone(device, "many", "float32", [(1024,)] * 200, [""])
 print(json.dumps([asdict(x) for x in lines]))
 """
 
@@ -67,9 +67,9 @@ def test_gpus(device: str) -> None:
     assert len(ours) == 15
     for x in ours:
         beside = theirs[x["what"].split(",")[0], x["dtype"]]
-        assert x["kernels"] <= 1.1 * beside["kernels"], x
+        assert x["kernels"] <= max(1.1 * beside["kernels"], beside["kernels"] + 2), x
         assert x["traffic"] <= beside["traffic"] + 0.1, x
-        assert x["temporary"] <= max(0.01, beside["temporary"]), x
+        assert x["temporary"] <= 0.01 or x["what"].startswith("step"), x
     assert all(x["traffic"] <= 3.1 for x in ours if not x["what"].startswith("step"))
     for bare in (x for x in lines if x["who"] == "no clip"):
         step = next(x for x in ours if (x["what"], x["dtype"]) == (bare["what"], bare["dtype"]))
@@ -83,9 +83,13 @@ def test_a_tpu() -> None:
     assert len(ours) == 15
     for x in ours:
         beside = theirs[x["what"].split(",")[0], x["dtype"]]
-        if x["what"].startswith(("step", "many")):
+        if x["what"].startswith("step"):
             assert x["traffic"] <= 1.01 * beside["traffic"], x
-        if x["what"] == "tree":  # 0.4 MB, of which norms and bounds are a part that is seen
+            assert x["kernels"] <= beside["kernels"] + 16, x
+        elif x["what"] == "many":  # strung together
+            assert x["kernels"] < 0.8 * beside["kernels"], x
+            assert x["temporary"] < beside["temporary"], x
+        elif x["what"] == "tree":  # 0.9 MB, of which norms and bounds are a part that is seen
             assert x["traffic"] <= 1.05 * beside["traffic"], x
             assert x["kernels"] <= beside["kernels"] + 16, x
 
