@@ -43,14 +43,31 @@ class _InFloat64(_Undifferentiated):
         return _wide(norm.finish(xp, rows))
 
     def _quotient(self, xp: Namespace, numerator: Scaled, denominator: Scaled) -> Factors:
-        """As `quotient` does it: in float32, by steps that lose no bits."""
-        plain = numerator.mantissa / denominator.mantissa
-        small, large = plain < 1 / _R.lift, plain > _R.lift
-        one, t = xp.ones_like(plain), _R.shift
-        shift = xp.where(large, t * one, xp.where(small, one / t, one))
-        back = xp.where(large, one / t**2, xp.where(small, t**2 * one, one))
-        factor = xp.minimum(plain * back, _R.largest * one)
-        return Factors(xp.astype(factor, xp.float32), xp.astype(shift, xp.float32))
+        return lax.platform_dependent(
+            numerator.mantissa, denominator.mantissa, cpu=_quotient_on_condition, default=_quotient
+        )
+
+
+def _quotient(numerator: Array, denominator: Array) -> Factors:
+    """As `quotient` gives it: in float32, by steps that lose no bits."""
+    plain = numerator / denominator
+    small, large = plain < 1 / _R.lift, plain > _R.lift
+    one, t = jnp.ones_like(plain), _R.shift
+    shift = jnp.where(large, t * one, jnp.where(small, one / t, one))
+    back = jnp.where(large, one / t**2, jnp.where(small, t**2 * one, one))
+    factor = jnp.minimum(plain * back, _R.largest * one)
+    return Factors(factor.astype(jnp.float32), shift.astype(jnp.float32))
+
+
+def _quotient_on_condition(numerator: Array, denominator: Array) -> Factors:
+    """XLA fuses nothing across a condition. Else its CPU compiler would compute the quotient again for every leaf."""
+
+    def ones(numerator: Array, denominator: Array) -> Factors:
+        one = (numerator * denominator).astype(jnp.float32)
+        return Factors(one, one)
+
+    neither = jnp.all(jnp.logical_and(numerator == 1, denominator == 1))
+    return lax.cond(neither, ones, _quotient, numerator, denominator)
 
 
 def _wide(x: Scaled) -> Scaled:
