@@ -145,20 +145,16 @@ def _scaled(leaf: Array, *rows: Array) -> Array:
 
     def straight(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
         product = _multiplied(leaf, *steps).astype(leaf.dtype)
-        return _chosen(nothing, jnp.zeros_like(leaf), _chosen(keep, leaf, product))
+        return jnp.where(nothing, jnp.zeros_like(leaf), jnp.where(keep, leaf, product))
 
     def by_bits(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
         bits = leaf.view(jnp.uint16)
         product = _multiplied(_widened(bits), *steps).astype(leaf.dtype).view(jnp.uint16)
-        return _chosen(nothing, jnp.zeros_like(bits), _chosen(keep, bits, product)).view(leaf.dtype)
+        return jnp.where(nothing, jnp.zeros_like(bits), jnp.where(keep, bits, product)).view(leaf.dtype)
 
     if leaf.dtype != jnp.bfloat16 or rows[2].dtype != jnp.float32:
         return straight(leaf, *rows)
     return lax.platform_dependent(leaf, *rows, cpu=by_bits, default=straight)
-
-
-def _chosen(condition: Array, x: Array, y: Array) -> Array:
-    return lax.select(condition, x, y) if condition.ndim == 0 else jnp.where(condition, x, y)
 
 
 def _multiplied(x: Array, factor: Array, shift: Array | None = None) -> Array:
