@@ -1,8 +1,8 @@
 """The policy in the numbers that a platform is good at: float64 where that is at hand takes a tenth of the program.
 
 In float32 a norm is a mantissa and an exponent, and what is done with it takes hundreds of operations, most of what
-compiling a small clip took. In float64, which JAX has also where it is not enabled, it is one number. TPUs have no
-float64 of their own: there the long way stands behind a condition that ordinary numbers do not meet.
+compiling a small clip took. In float64, which JAX has also where it is not enabled, it is one number. A TPU has none of
+its own: it goes the long way, as does what is differentiated.
 """
 
 from __future__ import annotations
