@@ -3,6 +3,6 @@
     python -m benchmarks --short
 
 `timing` is the instrument, `trees` what is clipped, `targets` what is to be reached. Each of `on_numpy`, `narrow`,
-`on_jax`, `training_step`, `on_gpu`, `growth`, `threads`, `memory` and `accuracy` measures one subject and returns
-`results`; `report` prints and writes those, `chart` draws them.
+`on_jax`, `training_step`, `on_devices`, `on_gpu`, `growth`, `threads`, `memory` and `accuracy` measures one subject and
+returns `results`; `report` prints and writes those, `chart` draws them.
 """

@@ -23,6 +23,7 @@ SECTIONS = {
     "growth": "growth",
     "jax": "on_jax",
     "step": "training_step",
+    "devices": "on_devices",
     "gpu": "on_gpu",
 }
 TREES = ("mlp", "small", "resnet50", "gpt2")

@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.hlo import computations
 from benchmarks.on_jax import devices, optax_clip, our_clip
 from benchmarks.results import Section
 from benchmarks.settings import Settings
@@ -33,57 +33,6 @@ from benchmarks.trees import GPT2_BLOCK, Shapes
 
 #: These hand on what is in memory already.
 _WRITES_NOTHING = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "copy-start", "copy-done"}
-
-_INSTRUCTION = re.compile(r"^\s*(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<rest>.*)$")
-_ARRAY = re.compile(r"\b[a-z]+\d+[a-z0-9]*\[([\d,]*)\]|\bpred\[([\d,]*)\]")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of HLO: its name, operation, operands by name, and the numbers of elements of its outputs."""
-
-    name: str
-    operation: str
-    operands: list[str]
-    sizes: list[int]
-    is_root: bool
-    text: str
-
-
-def _closing(text: str, start: int) -> int:
-    """The index of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[i], 0)
-        if depth == 0:
-            return i
-    raise ValueError(f"unbalanced: {text[start:]}")
-
-
-def parsed(line: str) -> Instruction | None:
-    found = _INSTRUCTION.match(line)
-    if found is None:
-        return None
-    rest = found["rest"]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, call = rest[:end], rest[end:].strip()
-    opens = call.index("(")
-    operands = re.findall(r"%([\w.\-]+)", call[opens : _closing(call, opens)])
-    sizes = [math.prod(map(int, filter(None, (a or b).split(",")))) for a, b in _ARRAY.findall(kind)]
-    return Instruction(found["name"], call[:opens], operands, sizes, found["root"] is not None, line)
-
-
-def computations(hlo: str) -> dict[str, list[Instruction]]:
-    """The instructions by computation; the entry computation is called ENTRY."""
-    found: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
-    for line in hlo.splitlines():
-        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            current = found.setdefault("ENTRY" if header[1] else header[2], [])
-        elif (instruction := parsed(line)) is not None:
-            current.append(instruction)
-    return found
 
 
 def reductions(hlo: str, least: int) -> int:

@@ -1008,36 +1008,56 @@ def test_extremes_under_jit(dtype: str, p: float) -> None:
     _check_constant(dtype, p)
 
 
-@pytest.fixture(scope="class")
-def chosen() -> Iterator[list[str]]:
-    """The names of the defaults of `platform_dependent`, which is made to choose them."""
+@pytest.fixture(scope="class", params=["cuda", "tpu"])
+def chosen(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The names of what `platform_dependent` chooses, which is made to choose as on another platform."""
     chosen: list[str] = []
 
-    def choose_default(*args: Any, default: Any, **platforms: Any) -> Any:
-        assert list(platforms) == ["cpu"]
-        chosen.append(default.__name__)
-        return default(*args)
+    def choose(*args: Any, default: Any, **platforms: Any) -> Any:
+        assert set(platforms) <= {"cpu", "cuda", "rocm"}
+        run = platforms.get(request.param, default)
+        chosen.append(getattr(run, "func", run).__name__)
+        return run(*args)
 
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.lax, "platform_dependent", choose_default)
-        if not PLAIN_IS_EXACT:  # XLA's own sum, which a GPU would make otherwise
+        patch.setattr(jax.lax, "platform_dependent", choose)
+        if not PLAIN_IS_EXACT:  # XLA's own sum, which another platform would make otherwise
+            patch.setattr("gradclip._backends.jax.plain_sums.SHORT", 1 << 17)
             patch.setattr("gradclip._backends.jax.sums.SHORT", 1 << 17)
         yield chosen
     jax.clear_caches()
 
 
 @pytest.mark.full
-class TestTheBranchFreePath:
-    """The code that a GPU gets, on the CPU."""
+class TestOtherPlatforms:
+    """The code that a GPU gets, and a TPU, on the CPU."""
 
-    @pytest.mark.parametrize("p", [1.0, 2.0])
+    @pytest.mark.parametrize("p", [1.0, 2.0, INF])
     @pytest.mark.parametrize("dtype", list(_VALUES))
     def test_extremes_under_jit(self, chosen: list[str], dtype: str, p: float) -> None:
         chosen.clear()
         jax.config.update("jax_enable_x64", dtype in _WIDE)
         _check_constant(dtype, p)
-        assert "found" in chosen
+        assert {"summed", "slot_by_slot", "by_largest"} & set(chosen)
+
+    @pytest.mark.parametrize("p", [1.0, 2.0, INF])
+    def test_leaves_of_all_magnitudes_decide_alone(self, chosen: list[str], p: float) -> None:
+        chosen.clear()
+        values = [1e20, 1e-30, 1.0, 0.0, 3e38, 1e12, math.nan, math.inf]
+        hosts = [np.full((3, 5), value, np.float32) for value in values]
+        clip = jax.jit(lambda g: gradclip.clip_grad_norm(g, 1e-3, p, per="leaf", nonfinite="zero"))
+        grads, norms = clip(list(map(jnp.asarray, hosts)))
+        assert chosen[0] == ("by_largest" if p == INF else "summed")
+        for host, got, norm in zip(hosts, grads, norms, strict=True):
+            if not np.isfinite(host).all():
+                assert same_bits(np.asarray(got), np.zeros_like(host))
+                np.testing.assert_array_equal(norm, host[0, 0])
+                continue
+            want = exact.norm([host], p)
+            exact.check_norm(norm, want, "float32")
+            right = host if want <= 1e-3 else np.full_like(host, float(1e-3 / want * float(host[0, 0])))
+            np.testing.assert_allclose(got, right, rtol=1e-6)
 
     def test_eager(self, chosen: list[str]) -> None:
         chosen.clear()
@@ -1047,7 +1067,8 @@ class TestTheBranchFreePath:
             out = gradclip.clip_grad_norm([jnp.asarray(host)], value / 2)
             exact.check_norm(out.norm, exact.norm([host]), "float32")
             np.testing.assert_allclose(out.grads[0], value / 2 / math.sqrt(6), rtol=1e-6)
-        assert set(chosen) == {"found", "at_once"}
+        assert chosen[0] == "summed"
+        assert set(chosen) in ({"summed", "in_float64"}, {"summed", "at_length"})
 
     def test_accuracy(self, chosen: list[str]) -> None:
         host = np.random.default_rng(0).normal(size=9000).astype(np.float32)

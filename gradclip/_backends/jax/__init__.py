@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import checkify
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import derivatives, products, sums
+from gradclip._backends.jax import decisions, derivatives, products, sums
 from gradclip._backends.jax.arrays import devices, is_traced, placed
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
@@ -147,7 +147,7 @@ def _held(x: Array) -> Array:
 
 _pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
-_decide = jax.jit(Backend.decide, static_argnums=(0, 1, 4, 5, 6), inline=True)
+_decide = jax.jit(decisions.decided, static_argnums=(0, 1, 4, 5, 6), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
 _weighted = jax.jit(derivatives.weighted, inline=True)
 _clamp = jax.jit(Backend(jnp)._clamped, inline=True)

@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import products, sums
+from gradclip._backends.jax import products, reductions
+from gradclip._backends.jax.reductions import parts, reduced
 from gradclip._backends.leaf import against
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -47,13 +48,13 @@ def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: 
             leaf, tangent, keep = leaf[None], tangent[None], 0
         first = own[0] % count
         end = jax.tree.map(lambda x: x[first : first + len(own)].reshape(against(leaf, keep)), ends)
-        u, weight = norm.direction(jnp, sums.parts(leaf, acc), end)
+        u, weight = norm.direction(jnp, parts(leaf, acc), end)
         # Linear in the tangent: this can be transposed.
-        each = [sums.reduced(a * dg, "sum", 0, keep) for a, dg in zip(u, sums.parts(tangent, acc), strict=True)]
-        return sum(each[1:], each[0]), None if weight is None else sums.reduced(weight, "sum", 0, keep)
+        each = [reduced(a * dg, "sum", 0, keep) for a, dg in zip(u, parts(tangent, acc), strict=True)]
+        return sum(each[1:], each[0]), None if weight is None else reduced(weight, "sum", 0, keep)
 
     def total(each: Sequence[Array]) -> Array:
-        row = sums.joined(list(each), np.concatenate(some), groups.count, "sum", limit=0)
+        row = reductions.joined(list(each), np.concatenate(some), groups.count, "sum", limit=0)
         return (row if join is None else join(row[None], "sum")[0])[:count]
 
     members = [x for x in zip(*primals, *tangents, owners, groups.keep, strict=True) if len(x[2])]

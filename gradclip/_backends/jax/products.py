@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gradclip._backends.jax import sums
 from gradclip._backends.jax.arrays import may_be_sharded, spread, whole
+from gradclip._backends.jax.rows import stacks as stacked
 from gradclip._backends.leaf import against
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._groups import Groups
@@ -96,10 +96,15 @@ def shaped(row: Array, leaf: Array, keep: int | None) -> Array:
 
 
 def _rows(factors: Factors) -> tuple[Array, ...]:
-    factor, steps = factors.factor, factors.steps
-    keep = factor == 1 if len(steps) == 1 else jnp.logical_and(factor == 1, steps[0] == 1)
-    live = [jnp.where(step == 0, jnp.ones_like(step), step) for step in steps]  # 0 * inf is NaN
-    return keep, factor == 0, *live
+    """Whether to keep what there is, whether to give zeros, the factor, and its shift where there are any."""
+    factor, shift = factors
+    nothing, one = factor == 0, jnp.ones_like(factor)
+    live = jnp.where(nothing, one, factor)  # 0 * inf is NaN
+    return (
+        (factor == 1, nothing, live)
+        if shift is None
+        else (jnp.logical_and(factor == 1, shift == 1), nothing, live, shift)
+    )
 
 
 def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
@@ -107,11 +112,13 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
 
     def one_by_one(leaves: list[Array], *rows: Array) -> list[Array]:
         by = by_block(rows, groups)
+        if all(row.size == 1 for some in by for row in some):  # `_scaled` gives them the shape
+            return [_scaled(leaf, *by[block]) for leaf, block in zip(leaves, groups.block, strict=True)]
         each = zip(leaves, groups.block, groups.keep, strict=True)
         return [_scaled(leaf, *(shaped(x, leaf, keep) for x in by[block])) for leaf, block, keep in each]
 
     def in_stacks(leaves: list[Array], *rows: Array) -> list[Array]:
-        out, stacks = list(leaves), sums.stacks(leaves)
+        out, stacks = list(leaves), stacked(leaves)
         order = np.array([groups.base[i] for some in stacks for i in some])
         by = zip(*(lax.split(row[order, None], list(map(len, stacks))) for row in rows), strict=True)
         for some, these in zip(stacks, by, strict=True):
@@ -126,26 +133,38 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
     return lax.platform_dependent(leaves, *rows, cpu=in_stacks, default=one_by_one)
 
 
-# The norm casts a bfloat16 leaf to float32. Where such a cast has a second use, XLA's CPU compiler writes out the wide
-# array, and a select has casts in it, too. By bits, the clip of 24 million elements takes 7 ms, and took 65.
-
-
 @jax.jit
-def _scaled(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
-    """Under a `jit` of its own it is traced once for all leaves of one type."""
-    if keep.size == 1:
-        keep, nothing, steps = jax.tree.map(lambda x: x.reshape(()), (keep, nothing, steps))
-    acc = np.result_type(leaf.dtype, steps[0].dtype)
-    by_bits = leaf.dtype == jnp.bfloat16 and acc == jnp.float32
-    product = _widened(leaf.view(jnp.uint16)) if by_bits else leaf.astype(acc)
-    for step in steps:
-        product = product * step.astype(acc)
-    product = product.astype(leaf.dtype)
-    if by_bits:
-        product, leaf = product.view(jnp.uint16), leaf.view(jnp.uint16)
-    product = jnp.where(keep, leaf, product)
-    product = jnp.where(nothing, jnp.zeros_like(product), product)
-    return product.view(jnp.bfloat16) if by_bits else product
+def _scaled(leaf: Array, *rows: Array) -> Array:
+    """Under a `jit` of its own it is traced once for all leaves of one type.
+
+    The norm casts a bfloat16 leaf to float32. Where such a cast has a second use, XLA's CPU compiler writes out the
+    wide array, and a select has casts in it, too. By bits, the clip of 24 million elements takes 7 ms, and took 65.
+    """
+    if rows[0].size == 1:
+        rows = tuple(x.reshape(()) for x in rows)
+
+    def straight(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
+        product = _multiplied(leaf, *steps).astype(leaf.dtype)
+        return jnp.where(nothing, jnp.zeros_like(leaf), jnp.where(keep, leaf, product))
+
+    def by_bits(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
+        bits = leaf.view(jnp.uint16)
+        product = _multiplied(_widened(bits), *steps).astype(leaf.dtype).view(jnp.uint16)
+        return jnp.where(nothing, jnp.zeros_like(bits), jnp.where(keep, bits, product)).view(leaf.dtype)
+
+    if leaf.dtype != jnp.bfloat16 or rows[2].dtype != jnp.float32:
+        return straight(leaf, *rows)
+    return lax.platform_dependent(leaf, *rows, cpu=by_bits, default=straight)
+
+
+def _multiplied(x: Array, factor: Array, shift: Array | None = None) -> Array:
+    """In the dtype in which a product is formed."""
+    acc = np.result_type(x.dtype, factor.dtype)
+    product, factor = x.astype(acc), factor.astype(acc)
+    if shift is None:
+        return product * factor
+    shift = shift.astype(acc)
+    return product * shift * factor * shift
 
 
 def _widened(x: Array) -> Array:
@@ -225,9 +244,5 @@ def _entry(x: Array, i: Any) -> Array:
 
 
 def _product(x: Array, nothing: Array, *steps: Array) -> Array:
-    """In the dtype in which it is formed."""
-    acc = np.result_type(x.dtype, steps[0].dtype)
-    product = x.astype(acc)
-    for step in steps:
-        product = product * step.astype(acc)
+    product = _multiplied(x, *steps)
     return jnp.where(nothing, jnp.zeros_like(product), product)
