@@ -158,6 +158,7 @@ def test_shares_are_held(case: Case, card: cards.Card) -> None:
 
 
 @needs_compiler
+@pytest.mark.full
 def test_work_that_no_path_does_is_told():
     """In the table too, which goes on."""
     case = CASES[0]._replace(work="MUFU")
@@ -171,6 +172,7 @@ def test_work_that_no_path_does_is_told():
 
 
 @needs_compiler
+@pytest.mark.full
 def test_the_command_prints_the_table(capsys):
     assert cuda_model.main(["--markdown", "--only", "norm float64"]) == 0
     head, rule, row, *rest = capsys.readouterr().out.splitlines()

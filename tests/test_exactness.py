@@ -85,7 +85,7 @@ def test_p_0_over_several_leaves(xp):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "bfloat16"])
-@pytest.mark.parametrize("size", [1, 7, 1000, 4097, 100_000])
+@pytest.mark.parametrize("size", [1, 7, 1000, 4097, pytest.param(100_000, marks=pytest.mark.full)])
 def test_equal_elements(xp, dtype, size):
     """All elements equal is the worst case of a sum in one row: every rounding goes the same way."""
     need(xp, dtype)

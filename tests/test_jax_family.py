@@ -150,6 +150,7 @@ def test_units_of_many_leaves_get_their_own_factors() -> None:
         np.testing.assert_allclose(got, wide * np.minimum(1, 0.75 / want), rtol=1e-6)
 
 
+@pytest.mark.full
 def test_vmap_of_units_and_of_the_clipped_sum() -> None:
     tree = {"w": normal(3, 4, 5), "b": normal(3, 4, seed=1)}
     for f in (

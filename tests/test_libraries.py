@@ -316,6 +316,7 @@ def test_counting_what_is_not_finite_takes_no_masks_as_large_as_the_leaf(shape: 
     assert peak < 3e6, "beside 20 MB of gradients"
 
 
+@pytest.mark.full  # the profiler takes 10 seconds to begin
 @pytest.mark.library("torch")
 @pytest.mark.parametrize("shape", [(5_000_000,), (1, 5_000_000), (2, 1, 2_500_000)], ids=str)
 def test_torch_counts_what_is_not_finite_in_pieces(shape: tuple[int, ...]) -> None:
