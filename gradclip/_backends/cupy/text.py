@@ -55,17 +55,17 @@ CHUNKS = """
 LENGTH = "is_last ? t.last[low] + 1u : (1u << t.bits) / (unsigned)sizeof({0})"
 
 # Calls `f` with elements, a few at a time, and writes what it makes of them to `to`. Memory is slow to answer, so what
-# `batch` asks for is under way together: so many pieces of 16 bytes where elements lie side by side, else 8 elements.
+# `batch` asks for is under way together: so many pieces of 16 bytes where elements lie side by side, else some of them.
 # A batch of 0: one element after the other, for long formulas, of which one copy is enough. Elements come as many as
 # fill 8 bytes, and before and after an edge of 16 bytes by ones.
 VISIT = """
 template <class T, unsigned n> struct Some { T of[n]; };
 template <class T> struct __align__(16) Quad { T of[16 / sizeof(T)]; };
 
-template <bool writes, unsigned batch, class T, class A, class F> __device__ __forceinline__ void singly(
+template <bool writes, unsigned most, class T, class A, class F> __device__ __forceinline__ void singly(
     const T* p, T* to, unsigned n, A at, F f
 ) {
-    const unsigned few = batch && sizeof(T) < 8 ? 8 / sizeof(T) : 1, most = batch ? 8 : 1;
+    const unsigned few = most > 1 && sizeof(T) < 8 ? 8 / sizeof(T) : 1;
     for (unsigned k = 0; k < n; k += most) {
         Some<T, few> x[most / few];
         #pragma unroll
@@ -104,7 +104,7 @@ template <bool writes, unsigned batch, class T, class F> __device__ __forceinlin
         }
     }
     const auto at = [=](unsigned k) { const unsigned i = t + k * THREADS; return i < head ? i : i + quads * each; };
-    singly<writes, batch>(p, to, t < rest ? (rest - t - 1) / THREADS + 1 : 0, at, f);
+    singly<writes, batch ? 4 : 1>(p, to, t < rest ? (rest - t - 1) / THREADS + 1 : 0, at, f);
 }
 template <unsigned batch, class T, class N, class F> __device__ __forceinline__ void each(const T* p, N n, F f) {
     visit<false, batch>(p, (T*)0, n, f);
@@ -143,10 +143,14 @@ READ = "{0}_at ? {0}_at[g * {0}_step] : {0}_value"
 # The norms: of `groups` partials, those of parameters follow those of gradients where bounds are relative to them.
 FOUND = """
     const unsigned groups = relative ? 2 * count : count;
-    double s[%(slots)d], c[%(slots)d], ps[%(slots)d], pc[%(slots)d];
-    join(s, c, g, groups, columns, stride, keys, sections);
-    clear(ps, pc);
-    if (relative) join(ps, pc, count + g, groups, columns, stride, keys, sections);
+    __shared__ double found[2][2][%(slots)d];
+    #pragma unroll 1
+    for (unsigned i = 0; i <= relative; i++) {
+        double s[%(slots)d], c[%(slots)d];
+        join(s, c, i * count + g, groups, columns, stride, keys, sections);
+        if (!threadIdx.x) for (int k = 0; k < %(slots)d; k++) found[i][0][k] = s[k], found[i][1][k] = c[k];
+    }
+    const double *s = found[0][0], *c = found[0][1], *ps = found[1][0], *pc = found[1][1];
 """
 RELATIVE = """
     double params = 0.0, params_exponent = 0.0;

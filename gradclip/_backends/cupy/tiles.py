@@ -83,7 +83,7 @@ template <bool writes, unsigned batch, class T, class F> __device__ __forceinlin
     const u64 far = area.high * area.stride;
     const auto at = [=](unsigned k) { return k * far; };
     p += y * area.stride + x, to += writes ? y * area.stride + x : 0;
-    singly<writes, batch>(p, to, (area.rows - y - 1) / area.high + 1, at, f);
+    singly<writes, batch ? 8 : 1>(p, to, (area.rows - y - 1) / area.high + 1, at, f);
 }
 """
 
