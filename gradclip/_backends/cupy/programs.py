@@ -64,6 +64,11 @@ def _joining(norm: Norm, step: int) -> dict[str, Any]:
     return {"merge": sums.MERGE[op], "slots": norm.slots[step], "identity": xp.number(identity(op)).form}
 
 
+def _resident(kinds: tuple[str, ...]) -> int:
+    """Blocks that an SM is to hold: more hide more of what memory takes, but have less registers for wide numbers."""
+    return 3 if any(KINDS[kind].component == "float64" for kind in kinds) else 4
+
+
 def _choice(kinds: tuple[str, ...], run: str) -> str:
     """A statement that runs `run` with the storage class of the leaf `low`. `{0}`: its name, `{1}`: the kind's."""
     return " else ".join(
@@ -83,7 +88,7 @@ def measure(norm: Norm, step: int, kinds: tuple[str, ...], quick: bool = False) 
     run += "gather_{1}((const {0}*)source, n, threadIdx.x ? 0.0 : n, s, c, peak, seen + t.to[low] % groups, groups);"
     joining, gather = _joining(norm, step), gathers.functions(norm, step, kinds, quick)
     flush = sums.FLUSH % {**joining, "choice": _choice(kinds, run), "peak": gathers.peak(norm, step)}
-    body = sums.MEASURE % {**joining, "gather": gather, "chunks": _chunks(flush)}
+    body = sums.MEASURE % {**joining, "resident": _resident(kinds), "gather": gather, "chunks": _chunks(flush)}
     return _HEAD + _table(ONE) + sums.JOINING % joining + body
 
 
@@ -92,8 +97,8 @@ def spread(norm: Norm, step: int, kinds: tuple[str, ...], quick: bool = False) -
     """The same over leaves of which an axis is kept."""
     run = "gather_{1}((const {0}*)t.from[low] + area.skipped, area, n, s, c, peak, seen + key % groups, groups);"
     joining, gather = _joining(norm, step), gathers.functions(norm, step, kinds, quick)
-    body = {"gather": gather, "find": text.FIND % {"piece": "tile"}, "peak": gathers.peak(norm, step)}
-    body["choice"] = _choice(kinds, run)
+    body: dict[str, Any] = {"gather": gather, "find": text.FIND % {"piece": "tile"}, "peak": gathers.peak(norm, step)}
+    body |= {"choice": _choice(kinds, run), "resident": _resident(kinds)}
     return _HEAD + _area() + sums.JOINING % joining + sums.SPREAD % {**joining, **body}
 
 

@@ -129,7 +129,7 @@ template <class T, class N> __device__ __forceinline__ double highest(const T* p
 # Columns that are skipped so hold nothing, under the same key: keys never fall from column to column.
 MEASURE = """
 %(gather)s
-extern "C" __global__ void __launch_bounds__(THREADS, 4) gradclip_measure(
+extern "C" __global__ void __launch_bounds__(THREADS, %(resident)d) gradclip_measure(
     const Table t, double* columns, unsigned stride, unsigned at, unsigned* keys, const double* seen, unsigned groups
 ) {
     double s[%(slots)d], c[%(slots)d];
@@ -164,7 +164,7 @@ FLUSH = """
 # and pieces of runs, and of other leaves'.
 SPREAD = """
 %(gather)s
-extern "C" __global__ void __launch_bounds__(THREADS, 4) gradclip_spread(
+extern "C" __global__ void __launch_bounds__(THREADS, %(resident)d) gradclip_spread(
     const Tiles t, double* columns, unsigned stride, unsigned* keys, const double* seen, unsigned groups
 ) {
     double s[%(slots)d], c[%(slots)d];
