@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("benchmarks.hlo", reason="benchmarks/ is not beside these tests")
+
 from benchmarks.hlo import computations
 
 pytestmark = [pytest.mark.library("jax"), pytest.mark.full]
