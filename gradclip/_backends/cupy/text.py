@@ -76,7 +76,7 @@ template <bool writes, unsigned most, class T, class A, class F> __device__ __fo
         for (unsigned j = 0; j < most; j++) if (writes && k + j < n) to[at(k + j)] = x[j / few].of[j % few];
     }
 }
-template <bool writes, unsigned batch, class T, class F> __device__ __forceinline__ void visit(
+template <bool writes, int batch, class T, class F> __device__ __forceinline__ void visit(
     const T* p, T* to, unsigned n, F f
 ) {
     const unsigned each = 16 / sizeof(T), few = sizeof(T) < 8 ? 8 / sizeof(T) : 1, t = threadIdx.x;
@@ -86,10 +86,10 @@ template <bool writes, unsigned batch, class T, class F> __device__ __forceinlin
     if (batch) for (unsigned i = t; i < quads; i += batch * THREADS) {
         Quad<T> x[batch ? batch : 1];
         #pragma unroll
-        for (unsigned j = 0; j < batch; j++)
+        for (int j = 0; j < batch; j++)
             if (i + j * THREADS < quads) x[j] = ((const Quad<T>*)(p + head))[i + j * THREADS];
         #pragma unroll
-        for (unsigned j = 0; j < batch; j++) {
+        for (int j = 0; j < batch; j++) {
             if (i + j * THREADS >= quads) continue;
             #pragma unroll
             for (unsigned k = 0; k < each; k += few) {
@@ -106,7 +106,7 @@ template <bool writes, unsigned batch, class T, class F> __device__ __forceinlin
     const auto at = [=](unsigned k) { const unsigned i = t + k * THREADS; return i < head ? i : i + quads * each; };
     singly<writes, batch ? 4 : 1>(p, to, t < rest ? (rest - t - 1) / THREADS + 1 : 0, at, f);
 }
-template <unsigned batch, class T, class N, class F> __device__ __forceinline__ void each(const T* p, N n, F f) {
+template <int batch, class T, class N, class F> __device__ __forceinline__ void each(const T* p, N n, F f) {
     visit<false, batch>(p, (T*)0, n, f);
 }
 """

@@ -70,7 +70,7 @@ struct Area {
         skipped = top * stride + begin * inner + left;
     }
 };
-template <bool writes, unsigned batch, class T, class F> __device__ __forceinline__ void visit(
+template <bool writes, int batch, class T, class F> __device__ __forceinline__ void visit(
     const T* p, T* to, const Area& area, F f
 ) {
     if (area.run > THREADS) {
@@ -174,7 +174,7 @@ def _lines(leaf: Array, run: Run, room: int = 0, *, real: bool) -> Iterator[Line
     group, length, inner = run.group, run.length, run.inner * times
     each, itemsize = max(1, THREADS // inner), leaf.itemsize // times
     across, width = -(-length // each), min(length, each) * inner
-    pieces = 1 if inner <= THREADS else min(-(-inner * itemsize // _TILE), max(1, _MOST // length))
+    pieces = 1 if inner <= THREADS else min(inner, -(-inner * itemsize // _TILE), max(1, _MOST // length))
     rows, most = leaf.size * times // (length * inner), -(-_ROWS // ALIGNMENT) * ALIGNMENT
     for begin in range(0, rows, most):
         outer, skipped = min(rows - begin, most), begin * length * inner * itemsize

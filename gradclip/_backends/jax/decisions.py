@@ -77,7 +77,8 @@ def _wide(x: Scaled) -> Scaled:
         return Scaled(mantissa, None)
     e = jnp.clip(jnp.asarray(x.exponent), -11, 11).astype(jnp.int64)  # what is beyond is beyond any float32
     power = lax.bitcast_convert_type((e * 90 + 1023) << 52, jnp.float64)
-    return Scaled(mantissa * power, None)
+    least = jnp.where(mantissa > 0, jnp.finfo(jnp.float64).tiny, -jnp.inf)  # XLA may make less than that 0
+    return Scaled(jnp.maximum(mantissa * power, least), None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 4, 5, 6))
@@ -126,5 +127,8 @@ def _decided_jvp(
 def _run(backend: Backend, partials: Seen, bounds: Bounds, groups: Groups, **settled: Any) -> Verdict:
     """What is decided about one group is 0-d, whatever the bounds are."""
     found = Backend.decide(backend, partials=partials, bounds=bounds, groups=groups, **settled)
+    factor, shift = found.factors
+    if shift is None:  # as the other ways have it
+        found = found._replace(factors=Factors(factor, jnp.ones_like(factor)))
     rest = found._replace(norms=[])
     return found if groups.count != 1 else jax.tree.map(lambda x: x.reshape(()), rest)._replace(norms=found.norms)
