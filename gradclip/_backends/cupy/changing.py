@@ -90,7 +90,7 @@ template <class T> __device__ __forceinline__ void clamp(const T* p, T* to, unsi
         }
     });
 }
-extern "C" __global__ void __launch_bounds__(THREADS) gradclip_clamp(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) gradclip_clamp(
     const Table t, %(parameters)s, char* base
 ) {
     const unsigned begin = blockIdx.x, end = t.chunks, step = gridDim.x;
