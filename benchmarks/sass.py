@@ -133,18 +133,24 @@ def blocks_of(text: str, name: str) -> list[Block]:
     return blocks
 
 
-def _dominators(blocks: Sequence[Block]) -> tuple[dict[int, int], list[list[int]]]:
-    """Of each block that is reached, as bits, the blocks through which every way to it leads; and the blocks before."""
-    order, seen, stack = [], {0}, [(0, iter(blocks[0].after))]
+def _upwards(blocks: Sequence[Block], start: int, allowed: Callable[[int, int], bool]) -> list[int]:
+    """The blocks reached from `start` by allowed edges, each after those that it leads to, depth first."""
+    order, seen, stack = [], {start}, [(start, iter(blocks[start].after))]
     while stack:
         i, rest = stack[-1]
-        following = next((j for j in rest if j not in seen), None)
+        following = next((j for j in rest if j not in seen and allowed(i, j)), None)
         if following is None:
             order.append(i)
             stack.pop()
         else:
             seen.add(following)
             stack.append((following, iter(blocks[following].after)))
+    return order
+
+
+def _dominators(blocks: Sequence[Block]) -> tuple[dict[int, int], list[list[int]]]:
+    """Of each block that is reached, as bits, the blocks through which every way to it leads; and the blocks before."""
+    order = _upwards(blocks, 0, lambda i, j: True)
     before: list[list[int]] = [[] for _ in blocks]
     for i in order:
         for j in blocks[i].after:
@@ -249,18 +255,7 @@ def turns(blocks: Sequence[Block], loop: Loop, cost: Cost, work: str = "") -> di
 
 def _downwards(blocks: Sequence[Block], loop: Loop, over: dict[int, int]) -> Iterator[int]:
     """The blocks of a loop, each after those that lead to it, edges back left out."""
-    order, seen, stack = [], {loop.head}, [(loop.head, iter(blocks[loop.head].after))]
-    while stack:
-        i, rest = stack[-1]
-        allowed = (j for j in rest if j in loop.body and j not in seen and not over[i] >> j & 1)
-        following = next(allowed, None)
-        if following is None:
-            order.append(i)
-            stack.pop()
-        else:
-            seen.add(following)
-            stack.append((following, iter(blocks[following].after)))
-    return reversed(order)
+    return reversed(_upwards(blocks, loop.head, lambda i, j: j in loop.body and not over[i] >> j & 1))
 
 
 def everything(blocks: Sequence[Block], loop: Loop, loaded: int) -> Turn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gradclip._backends.cupy.text import ALIGNMENT
+
 # `x * shift * factor * shift`. A factor is quick where its first 48 bits are the sum of two normal floats: with these,
 # and one rounding at the end, a product is as good as in double, for which most GPUs have few units.
 FACTOR = """
@@ -72,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) gradclip_scale_spread(
 """
 GROUP_FACTOR = "const Factor factor = factor_of(factors[{group}], shifts ? shifts[{group}] : 1.0);"
 #: Where the output of the leaf `low` is.
-OUTPUT = "char* const output = base ? base + t.to[low] * 256ull : (char*)t.from[low];"
+OUTPUT = f"char* const output = base ? base + t.to[low] * {ALIGNMENT}ull : (char*)t.from[low];"
 
 # min(max(x, low), high), with bounds as the leaf's dtype has them. A NaN stays as it is, and one as a bound spoils all.
 CLAMP = """
