@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import array_api_compat
 
@@ -19,6 +19,8 @@ _POLICIES = get_args(Nonfinite)
 
 def norm_type(p: Any) -> float | str:
     """p of the p-norm, or "rms". PyTorch's strings 'inf' and '-inf' are understood."""
+    if type(p) is float and p == p:
+        return p
     if isinstance(p, str) and p in ("inf", "-inf", "rms"):
         return p if p == "rms" else float(p)
     value = host_number(p)
@@ -36,7 +38,7 @@ def policy(nonfinite: Any) -> Nonfinite:
     """What to do about non-finite gradients."""
     if not isinstance(nonfinite, str) or nonfinite not in _POLICIES:
         raise ValueError(f"nonfinite must be one of {', '.join(map(repr, _POLICIES))}, got {nonfinite!r}")
-    return cast(Nonfinite, nonfinite)
+    return nonfinite  # type: ignore[return-value]
 
 
 def flag(name: str, value: Any) -> bool:
@@ -48,6 +50,8 @@ def flag(name: str, value: Any) -> bool:
 
 def scalar(name: str, value: Any, *, positive: bool = False, finite: bool = True) -> Scalar:
     """A bound: a float where the host can see it, else the 0-d array that it is."""
+    if type(value) is float and 0 < value < math.inf:
+        return value
     wanted = "a positive number" if positive else "a number >= 0"
     number = host_number(value)
     if number is not None:
@@ -65,6 +69,8 @@ def scalars(name: str, value: Any, grouped: Grouped, *, finite: bool = True) -> 
     """One bound for all groups; or, given in the form in which their norms come back, those of one group after another:
     numbers and 0-d arrays, and arrays of several in a row.
     """
+    if type(value) is float:
+        return scalar(name, value, finite=finite)
     value = lasting(value, name) if isinstance(value, Iterator) else value
     if not is_container(value) and not _is_row(value):
         return scalar(name, value, finite=finite)

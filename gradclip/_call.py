@@ -40,35 +40,30 @@ def given(
     grads: Tree,
     norm_type: NormType,
     per: Per,
-    bounds: Bounds,
+    bounds: Bounds | None,
     nonfinite: Nonfinite,
     all_reduce: AllReduce | None,
     params: tuple[Tree] | None = None,
     name: str = "max_norm",
 ) -> Given:
-    """Check everything, before any work. `params`: in a tuple, a tree like the gradients. `name`: of `max_norm`."""
+    """Check everything, before any work. No bounds: norms are all that is asked for. `params`: in a tuple, a tree like
+    the gradients. `name`: of `max_norm`.
+    """
     norm_type, nonfinite = _arguments.norm_type(norm_type), _arguments.policy(nonfinite)
     all_reduce = _arguments.all_reduce(all_reduce)
     flat = active(grads)
     backend = backend_for(flat)  # what is no gradient is told before it is grouped
     parts = grouped(flat, per)
-    bounds = Bounds(
-        _arguments.scalars(name, bounds.max_norm, parts),
-        None if bounds.norm is None else _arguments.scalars("norm", bounds.norm, parts, finite=False),
-        None if bounds.divide_by is None else _arguments.scalar("divide_by", bounds.divide_by, positive=True),
-        None if bounds.unit is None else _arguments.scalar("eps", bounds.unit, positive=True),
-    )
+    bounds, arrays = (Bounds(), []) if bounds is None else _checked(bounds, parts, name)
     beside = None if params is None else parameters(*params, parts.flat)
-    found = [x for bound in bounds for x in (bound if isinstance(bound, list) else [bound])]
-    arrays = [x for x in found if x is not None and not isinstance(x, float)]
     if arrays or beside or parts.flat is not flat:
         flat, backend = parts.flat, backend_for(parts.flat, arrays, beside or [])
     leaves = backend.adopt(flat.values)
     others = None if beside is None else backend.adopt([x.value for x in beside])
     # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
-    measured = [leaves[i] for i in flat.samples] + list(others or [])
+    measured = [*map(leaves.__getitem__, flat.samples), *(others or ())]
     acc = backend.accumulation([*leaves, *others] if others else leaves)
-    fit = all(fits(dtype_name(x), acc) for x in measured)
+    fit = False not in [fits(dtype_name(x), acc) for x in measured]
     norm = norm_for(norm_type, binned=all_reduce is not None or not fit)
     shards = None
     if all_reduce is not None and bounds.norm is None:  # else nothing is measured
@@ -80,15 +75,29 @@ def given(
     return Given(parts, backend, leaves, norm, bounds, nonfinite, shards, others)
 
 
+def _checked(bounds: Bounds, grouped: Grouped, name: str) -> tuple[Bounds, list[Array]]:
+    """The bounds, and the arrays among them."""
+    max_norm, norm, divisor, unit = bounds
+    bounds = Bounds(
+        _arguments.scalars(name, max_norm, grouped),
+        None if norm is None else _arguments.scalars("norm", norm, grouped, finite=False),
+        None if divisor is None else _arguments.scalar("divide_by", divisor, positive=True),
+        None if unit is None else _arguments.scalar("eps", unit, positive=True),
+    )
+    found = [x for bound in bounds for x in (bound if type(bound) is list else (bound,))]
+    return bounds, [x for x in found if x is not None and type(x) is not float]
+
+
 def settled(given: Given) -> Verdict:
     """Measure, join, decide; raise if the policy asks for it. Nothing is written."""
     backend, leaves, groups, shards = given.backend, given.leaves, given.groups, given.shards
     measured, relative = groups, given.params is not None
     if given.params is not None:
         leaves, measured = [*leaves, *given.params], groups.beside()
-    acc = backend.accumulation(leaves)
-    home = array_api_compat.device(leaves[0]) if leaves else None
-    bounds = Bounds(*(None if x is None else backend.number(x, acc, home) for x in given.bounds))
+    bounds = given.bounds
+    if bounds.max_norm is not None:
+        acc, home = backend.accumulation(leaves), array_api_compat.device(leaves[0]) if leaves else None
+        bounds = Bounds(*[None if x is None else backend.number(x, acc, home) for x in bounds])
     partials: Seen = ()
     if bounds.norm is None:
         measured, join = (measured, None) if shards is None else (shards.measured, shards.join)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypeVar
 
 from gradclip import _arguments
@@ -109,7 +108,7 @@ def norms(grads: Tree, norm_type: NormType = 2.0, *, per: Per = "leaf", all_redu
     >>> float(norms(grads, per={"w": "all", "b": "all"})["all"])
     13.0
     """
-    call = given(grads, norm_type, per, Bounds(math.inf), "propagate", all_reduce)
+    call = given(grads, norm_type, per, None, "propagate", all_reduce)
     with call.backend.session(call.leaves, in_place=False):
         return call.grouped.norms(settled(call).norms)
 

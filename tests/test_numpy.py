@@ -19,8 +19,8 @@ import gradclip
 from backends import np_dtype
 from exact import mpmath
 from gradclip import _threads as threads
-from gradclip._backends import numpy as kernels
 from gradclip._backends.numpy import loops as blocks
+from gradclip._backends.numpy import scaling
 
 pytestmark = pytest.mark.library("numpy")
 
@@ -307,8 +307,8 @@ def test_a_leaf_whose_own_elements_share_memory_is_scaled_once(size, limit):
 def test_which_arrays_are_folded():
     x = np.zeros((8, 9, 10))
     whole = [x, x.T, x[::2, 1:, ::-3], x[..., None], x[:, :1], x.transpose(1, 0, 2)[3:5], x[::-1].real]
-    assert not any(map(kernels._folded, whole))
+    assert not any(map(scaling._folded, whole))
     windows = np.lib.stride_tricks.sliding_window_view(x, (2, 2), axis=(0, 1))
-    assert kernels._folded(windows)
-    assert not kernels._folded(windows[::2, ::2])
-    assert kernels._folded(np.lib.stride_tricks.as_strided(x, (5, 5), (8, 16)))
+    assert scaling._folded(windows)
+    assert not scaling._folded(windows[::2, ::2])
+    assert scaling._folded(np.lib.stride_tricks.as_strided(x, (5, 5), (8, 16)))

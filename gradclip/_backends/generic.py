@@ -16,7 +16,7 @@ from typing import Any
 import array_api_compat
 
 from gradclip._backends.leaf import OneLeaf, against, columns, entries, on
-from gradclip._decide import Bounds, Verdict, decide
+from gradclip._decide import Bounds, Verdict, decide, in_own_dtype
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen, identity
@@ -112,14 +112,15 @@ class Backend(OneLeaf):
         nonfinite: Nonfinite,
         relative: bool = False,
     ) -> Verdict:
-        """Run the policy on joined partials, and divide. No partials: `bounds` tell the norms.
+        """Run the policy on joined partials, and divide. No partials: `bounds` tell the norms; no bounds: only norms.
 
         `relative`: bounds are relative to parameters, whose columns follow those of the gradients.
         """
         n = groups.count
 
         def rows(at: int) -> Seen:  # the numbers of one group are 0-d
-            return tuple([x[k, at] if n == 1 else x[k, at : at + n] for k in range(x.shape[0])] for x in partials)
+            which: Any = at if n == 1 else slice(at, at + n)
+            return tuple([[x[k, which] for k in range(x.shape[0])] for x in partials])
 
         found = rows(0)
         wide: Any = all(groups.wide)
@@ -130,6 +131,10 @@ class Backend(OneLeaf):
             wide = self.xp.asarray(groups.each_wide, device=array_api_compat.device(like))
         xp = self._xp_of_numbers if n == 1 else self.xp
         norms = self._finish(xp, norm, found) if found else None
+        if norms is not None and bounds.max_norm is None:
+            value = norms.value(xp)
+            one = xp.ones_like(value)
+            return Verdict(self._reported(in_own_dtype(xp, value, wide), wide, groups), Factors(one, None), one, one)
         params = self._finish(xp, norm, rows(n)) if relative else None
         decision = decide(xp, norms, bounds, wide, nonfinite, params)
         factors = self._quotient(xp, decision.numerator, decision.denominator)

@@ -137,7 +137,7 @@ class CupyBackend(Backend):
             bounds = Bounds(*(x and Backend.number(self, x.mantissa, cupy.float64, None) for x in bounds))
             return super().decide(norm, partials, bounds, groups, nonfinite, relative)
         n, one = groups.count, Scaled(1.0, None)
-        given = *argument(bounds.max_norm), *argument(bounds.divide_by or one), *argument(bounds.unit or one)
+        given = *argument(bounds.max_norm or one), *argument(bounds.divide_by or one), *argument(bounds.unit or one)
         given += (*_found(norm, partials), np.bool_(relative)) if partials else argument(bounds.norm)
         rows, finite = cupy.empty((3, n), cupy.float64), cupy.empty((2, n), cupy.bool_)
         flips, dtypes, places = _reports(groups)

@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import array_api_compat.numpy as xp
 import numpy as np
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.numpy import scalars, units
-from gradclip._backends.numpy.jobs import BLOCK, jobs_of, sums_of
-from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, pairs
-from gradclip._dtypes import dtype_names
+from gradclip._backends.numpy import scalars, scaling, units
+from gradclip._backends.numpy.jobs import BLOCK, Leaves, asked, jobs_of, shared, sums_of
+from gradclip._backends.numpy.loops import CHUNK, blocks
 from gradclip._groups import Groups
 from gradclip._norms import Norm, RmsNorm, Seen, TwoNorm, identity
 from gradclip._scaled import Factors, Scaled
-from gradclip._threads import each, num_threads
 from gradclip._types import Array
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-_SINGLE, _DOUBLE, _COMPLEX = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.complex128)
 
 #: So few numbers are added up in float64 before the exact sum takes over, which takes 60 ns a number.
 _FEW = 8
@@ -46,8 +38,8 @@ class NumpyBackend(Backend):
 
     def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
         if set(map(type, leaves)) == {np.ndarray}:
-            return leaves
-        return [x if isinstance(x, np.ndarray | np.generic) else np.asarray(x) for x in leaves]
+            return Leaves(leaves)
+        return Leaves([x if isinstance(x, np.ndarray | np.generic) else np.asarray(x) for x in leaves])
 
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         return np.float64
@@ -87,11 +79,16 @@ class NumpyBackend(Backend):
     def _of_whole(self, leaves: Sequence[Array], base: Sequence[int], norm: Norm, groups: Groups, out: Array) -> None:
         """The sums of leaves of one group each."""
         jobs = jobs_of(leaves, base, groups)
+        each = shared(sums_of, jobs, leaves, "float16", "bfloat16")
+        total = math.fsum(chain.from_iterable(each))
+        if groups.count == 1 and total == total:
+            out[1, 0] = total
+            return
         owners: list[int] = []
         sums: list[float] = []
         again: dict[int, list[Array]] = defaultdict(list)
-        for job, found in zip(jobs, _shared(sums_of, jobs, leaves, "float16", "bfloat16"), strict=True):
-            for i in [i for i, s in enumerate(found) if s != s]:
+        for job, found in zip(jobs, each, strict=True):
+            for i in [i for i, s in enumerate(found) if s != s] if total != total else ():
                 arrays = job.arrays if len(found) == 1 else [job.arrays[i]]
                 again[job.groups[i]] += [self._contribution(x, None, norm, np.float64, ())[:, 0] for x in arrays]
                 found[i] = 0.0
@@ -115,7 +112,7 @@ class NumpyBackend(Backend):
             for i, x in views.items()
             for part, some in units.pieces(x, 2 * BLOCK)
         ]
-        sums = _shared(lambda job: units.squares(job[1], job[3]), jobs, leaves, "float16", "bfloat16")
+        sums = shared(lambda job: units.squares(job[1], job[3]), jobs, leaves, "float16", "bfloat16")
         own = {i: np.zeros((norm.slots[0], x.shape[1])) for i, x in views.items()}
         for (i, part, some, _), found in zip(jobs, sums, strict=True):
             bad = np.flatnonzero(np.isnan(found))
@@ -170,58 +167,15 @@ class NumpyBackend(Backend):
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        factor, shift = _both(factors, groups.count)
-        whole: Sequence[int] = range(len(leaves))
-        base, wide, few = groups.base, groups.each_wide, (factor, shift)
-        changes: Array = np.zeros(0, bool)
-        if groups.kept:  # of their many groups, no Python number is made
-            changes = (factor != 1) | (shift != 1)
-            whole = [i for i in whole if i not in groups.kept]
-            numbers = [groups.base[i] for i in whole]
-            base, wide = tuple(range(len(whole))), tuple(groups.each_wide[g] for g in numbers)
-            few = factor[numbers], shift[numbers]
-        steps = list(map(_steps, few[0].tolist(), few[1].tolist()))
-        if not any(steps) and not changes.any():
-            return leaves
-        if in_place and _overlap(leaves):
-            return super().scale(leaves, factors, groups, in_place)  # what two share is scaled once, from what it was
-        # 0-d arrays: to multiply by one takes 0.4 us for 1,024 elements, by a number 0.6.
-        narrow = few[0].astype(np.float32)
-        exact = [few[0][i, ...] if len(x) == 1 else None for i, x in enumerate(steps)]
-        single = [None if exact[i] is None or is_wide else narrow[i, ...] for i, is_wide in enumerate(wide)]
-        own: dict[Any, list[Any]] = {_SINGLE: single, _DOUBLE: exact, _COMPLEX: exact}  # dtypes that are multiplied in
-        nothing = [None] * len(steps)
-        outs = list(leaves)
-        jobs: list[Callable[[], Any]] = []
-        for i, group in zip(whole, base, strict=True):
-            leaf = leaves[i]
-            by = own.get(leaf.dtype, nothing)[group]
-            if by is None and not steps[group]:
-                continue
-            outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
-            if by is not None and leaf.size <= BLOCK:
-                np.multiply(leaf, by, out)
-            else:
-                cut = pairs(np.asarray(leaf), out, BLOCK)
-                jobs += [partial(multiplied, x, y, steps[group], wide[group]) for x, y in cut]
-        for i, keep in groups.kept.items():
-            leaf, block = leaves[i], groups.block[i]
-            at = slice(groups.base[i], groups.base[i] + groups.lengths[block])
-            if not leaf.size or not changes[at].any():
-                continue
-            outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
-            jobs += units.scaling(leaf, out, keep, factor[at], shift[at], groups.wide[block], self._scaled)
-        _shared(lambda job: job(), jobs, leaves, "float16")
-        return (
-            outs if in_place else [y[()] if isinstance(x, np.generic) else y for x, y in zip(leaves, outs, strict=True)]
-        )
+        scaled = scaling.scaled(asked(leaves), factors, groups, in_place, self._scaled)
+        return super().scale(leaves, factors, groups, in_place) if scaled is None else scaled
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
-        by = units.weights(*_both(factors, groups.count))
+        by = units.weights(*scaling.both(factors, groups.count))
         matrices = [units.matrix(x) for x in leaves]
         width = max(1, 2 * BLOCK // max(1, groups.count))
         jobs = [(i, x[:, at : at + width]) for i, x in enumerate(matrices) for at in range(0, x.shape[1], width)]
-        sums = _shared(lambda job: units.weighted_sum(job[1], by), jobs, leaves, "float16", "bfloat16")
+        sums = shared(lambda job: units.weighted_sum(job[1], by), jobs, leaves, "float16", "bfloat16")
         parts: list[list[Array]] = [[np.zeros(0)] for _ in leaves]
         for (i, _), total in zip(jobs, sums, strict=True):
             parts[i].append(total)
@@ -236,46 +190,3 @@ class NumpyBackend(Backend):
     def _clamped(self, leaf: Array, low: Any, high: Any) -> Array:
         out = super()._clamped(np.asarray(leaf), low, high).astype(leaf.dtype, copy=False)
         return leaf.dtype.type(out) if isinstance(leaf, np.generic) else out
-
-
-def _overlap(leaves: Sequence[Array]) -> bool:
-    """Whether two elements may share memory: of two leaves, as their first and last bytes say, or of one."""
-    if all(x.base is None for x in leaves):
-        return len(set(map(id, leaves))) < len(leaves)
-    spans = sorted(np.lib.array_utils.byte_bounds(x) for x in leaves if x.size)
-    return any(end > start for (_, end), (start, _) in pairwise(spans)) or any(map(_folded, leaves))
-
-
-def _folded(x: Array) -> bool:
-    """Whether elements of one array may share memory, as those of a sliding window: a stride is within shorter ones."""
-    if x.flags.forc:
-        return False
-    reach = x.itemsize
-    for stride, n in sorted((abs(stride), n) for stride, n in zip(x.strides, x.shape, strict=True) if n > 1):
-        if stride < reach:
-            return True
-        reach += stride * (n - 1)
-    return False
-
-
-def _shared(f: Callable[[T], R], jobs: Sequence[T], leaves: Sequence[Array], *alone: str) -> list[R]:
-    """`[f(job) for job in jobs]`, by threads where they pay. `alone`: dtypes whose blocks take so many short steps that
-    threads wait for each other's interpreter lock: the norm of 25 million float16 elements took 15 ms with one, and 25
-    with two.
-    """
-    few = len(jobs) < 2 or sum(x.size for x in leaves) < BLOCK
-    return each(f, jobs, 1 if few or dtype_names(leaves).intersection(alone) else num_threads())
-
-
-def _both(factors: Factors, n: int) -> tuple[Array, Array]:
-    """The factor and the shift of each of n groups."""
-    rows = (np.asarray(1.0 if x is None else x, np.float64).reshape(-1) for x in factors)
-    factor, shift = (x if len(x) == n else np.repeat(x, n) for x in rows)
-    return factor, shift
-
-
-def _steps(factor: float, shift: float) -> Sequence[float]:
-    """What to multiply by, in this order: nothing, one normal float32 number, or two shifts and a factor between."""
-    if shift == 1 and 2.0**-126 <= factor <= 2.0**126:
-        return (factor,) if factor != 1 else ()
-    return shift, factor, shift
