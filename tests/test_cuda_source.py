@@ -18,11 +18,11 @@ pytest.importorskip("benchmarks.nvrtc", reason="benchmarks/ is not beside these 
 
 from benchmarks import nvrtc
 from benchmarks.nvrtc import architectures, compiled
-from gradclip._backends.cupy import expressions as xp
+from gradclip._backends import expressions as xp
 from gradclip._backends.cupy import gathers, programs, table, tiles
-from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, REAL
 from gradclip._backends.cupy.text import LEAVES, ONE, WHOLE
+from gradclip._backends.expressions import Expression, Printed
 from gradclip._norms import Norm, TwoNorm, norm_for
 from gradclip._scaled import RANGES
 

@@ -27,10 +27,6 @@ from gradclip._types import Array, Namespace, Nonfinite, ReduceOp
 class Backend(OneLeaf):
     """The work on arrays of the library whose array-API namespace is `xp`. Its public methods are all that is asked."""
 
-    def __init__(self, xp: Namespace) -> None:
-        super().__init__(xp)
-        self._xp_of_numbers = xp  # where the policy of one group is run, on 0-d numbers
-
     # -- arrays and numbers --------------------------------------------------------------------------------
 
     def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
@@ -129,7 +125,7 @@ class Backend(OneLeaf):
         elif any(groups.wide) and not wide:
             like = partials[-1] if partials else bounds.norm.mantissa
             wide = self.xp.asarray(groups.each_wide, device=array_api_compat.device(like))
-        xp = self._xp_of_numbers if n == 1 else self.xp
+        xp = self.xp
         norms = self._finish(xp, norm, found) if found else None
         if norms is not None and bounds.max_norm is None:
             value = norms.value(xp)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gradclip._backends.cupy import expressions as xp
+from gradclip._backends import expressions as xp
 from gradclip._backends.cupy import sums
-from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS
+from gradclip._backends.expressions import Expression, Printed
 from gradclip._norms import Norm, SumNorm
 from gradclip._scaled import RANGES
 

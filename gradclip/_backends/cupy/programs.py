@@ -15,13 +15,13 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from gradclip._backends import expressions as xp
 from gradclip._backends.cupy import changing, gathers, sums, text
-from gradclip._backends.cupy import expressions as xp
-from gradclip._backends.cupy.expressions import Expression, Printed
 from gradclip._backends.cupy.numbers import KINDS, NUMBERS, REAL
 from gradclip._backends.cupy.table import TABLE
 from gradclip._backends.cupy.text import KEPT, LEAVES, ONE, WHOLE
 from gradclip._backends.cupy.tiles import AREA, TILES
+from gradclip._backends.expressions import Expression, Printed
 from gradclip._decide import Bounds, decide
 from gradclip._norms import Norm, Seen, Terms, identity
 from gradclip._parts import Parts, longest_of

@@ -58,7 +58,7 @@ def jobs_of(leaves: Sequence[Array], base: Sequence[int], groups: Groups) -> lis
     """The leaves as jobs, each as long as one thread should take at once."""
     leaves = asked(leaves)
     apart, mixed, sizes = groups.count > 1, any(groups.wide) and not all(groups.wide), leaves.sizes
-    if not mixed and leaves.longest <= _SMALL and leaves.dtype is not None:
+    if not mixed and leaves.dtype is not None and leaves.longest <= _SMALL and 0 not in sizes:
         cuts = _cuts(list(map(padded, sizes)) if apart else sizes)
         return [Job(leaves[i:j], base[i:j], groups.wide[0]) for i, j in pairwise(cuts)]
     jobs: list[Job] = []

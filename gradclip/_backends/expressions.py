@@ -1,8 +1,10 @@
-"""A namespace whose arrays are text: the mathematics of a norm, and the policy, run on them once and read off as C.
+"""A namespace whose arrays are text: the mathematics of a norm, and the policy, run on them once and read off as a
+program.
 
 This module stands where an array library's namespace stands. Whatever is written against `xp` and takes no branch on
 an array's value (the laws of `_norms`, `_scaled`, the policy) gives an expression for one element or one scalar, in
-double precision; `Printed` writes that down as statements of C. So kernels in C have no second copy of the formulas.
+double precision; `Printed` writes that down as statements of C, or of another language. So what runs there has no
+second copy of the formulas.
 
 Only what those rooms call is here. A bool of an expression raises: a branch cannot be seen by running it once.
 """
@@ -111,13 +113,20 @@ class Printed:
         """What `x` is called in C; its statements, and those of all that it needs, have been written."""
         if x not in self._names:
             args = [self.name(arg) for arg in x.args]
-            value = x.form.format(*args)
+            value = self._form(x.form).format(*args)
             if args and value not in self._known:
                 name = self._known[value] = f"v{len(self._known)}"
                 statements = self.once
                 if not self._varying.isdisjoint(args):
                     self._varying.add(name)
                     statements = self.each
-                statements.append(f"const {'bool' if x.dtype == 'bool' else self._real} {name} = {value};")
+                statements.append(self._statement(x, name, value))
             self._names[x] = self._known.get(value, value)
         return self._names[x]
+
+    def _form(self, form: str) -> str:
+        """An expression's form in the language that is printed."""
+        return form
+
+    def _statement(self, x: Expression, name: str, value: str) -> str:
+        return f"const {'bool' if x.dtype == 'bool' else self._real} {name} = {value};"
