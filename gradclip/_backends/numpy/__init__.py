@@ -21,6 +21,7 @@ from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import scalars, units
 from gradclip._backends.numpy.jobs import BLOCK, jobs_of, sums_of
 from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, pairs
+from gradclip._backends.numpy.tables import SHORT, look_up, tables_for
 from gradclip._dtypes import dtype_names
 from gradclip._groups import Groups
 from gradclip._norms import Norm, RmsNorm, Seen, TwoNorm, identity
@@ -191,6 +192,7 @@ class NumpyBackend(Backend):
         single = [None if exact[i] is None or is_wide else narrow[i, ...] for i, is_wide in enumerate(wide)]
         own: dict[Any, list[Any]] = {_SINGLE: single, _DOUBLE: exact, _COMPLEX: exact}  # dtypes that are multiplied in
         nothing = [None] * len(steps)
+        tables = tables_for([leaves[i] for i in whole], base, steps, wide)
         outs = list(leaves)
         jobs: list[Callable[[], Any]] = []
         for i, group in zip(whole, base, strict=True):
@@ -202,8 +204,13 @@ class NumpyBackend(Backend):
             if by is not None and leaf.size <= BLOCK:
                 np.multiply(leaf, by, out)
             else:
-                cut = pairs(np.asarray(leaf), out, BLOCK)
-                jobs += [partial(multiplied, x, y, steps[group], wide[group]) for x, y in cut]
+                table, cut = tables.get((leaf.dtype, group)), pairs(np.asarray(leaf), out, BLOCK)
+                if table is None:
+                    jobs += [partial(multiplied, x, y, steps[group], wide[group]) for x, y in cut]
+                elif leaf.size <= SHORT:
+                    look_up(np.asarray(leaf), out, table)
+                else:
+                    jobs += [partial(look_up, x, y, table) for x, y in cut]
         for i, keep in groups.kept.items():
             leaf, block = leaves[i], groups.block[i]
             at = slice(groups.base[i], groups.base[i] + groups.lengths[block])
@@ -211,7 +218,7 @@ class NumpyBackend(Backend):
                 continue
             outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
             jobs += units.scaling(leaf, out, keep, factor[at], shift[at], groups.wide[block], self._scaled)
-        _shared(lambda job: job(), jobs, leaves, "float16")
+        _shared(lambda job: job(), jobs, leaves, *([] if tables else ["float16"]))
         return (
             outs if in_place else [y[()] if isinstance(x, np.generic) else y for x, y in zip(leaves, outs, strict=True)]
         )
