@@ -204,7 +204,8 @@ class NumpyBackend(Backend):
             if by is not None and leaf.size <= BLOCK:
                 np.multiply(leaf, by, out)
             else:
-                table, cut = tables.get((leaf.dtype, group)), pairs(np.asarray(leaf), out, BLOCK)
+                table = tables.get(group) if leaf.dtype.char == "e" else None
+                cut = pairs(np.asarray(leaf), out, BLOCK)
                 if table is None:
                     jobs += [partial(multiplied, x, y, steps[group], wide[group]) for x, y in cut]
                 elif leaf.size <= SHORT:

@@ -41,12 +41,13 @@ class _Scratch(threading.local):
     """Each thread's own memory for one chunk; what is not written to takes none."""
 
     def __init__(self) -> None:
-        self.wide: Array = np.empty(CHUNK, np.float32)
-        self.other: Array = np.empty(CHUNK, np.float32)
-        self.bits: Array = np.empty(CHUNK, np.uint16)
+        self.wide: Array = np.empty(2 * CHUNK, np.float32)
+        self.other: Array = self.wide[CHUNK:]
+        self.bits: Array = np.empty(2 * CHUNK, np.uint16)
 
 
 _scratch = _Scratch()
+STEP = 2 * CHUNK
 
 
 def room(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -65,8 +66,9 @@ def squares(block: Array, wide: bool) -> float:
     if kind is np.float64 or (kind is np.float32 and not wide):
         total = _dot_rows(numbers)
     else:
-        starts = range(0, numbers.size, CHUNK)
-        total = sum(_dot_rows(widened(numbers[start : start + CHUNK], wide)) for start in starts)
+        step = CHUNK if wide else STEP
+        starts = range(0, numbers.size, step)
+        total = sum(_dot_rows(widened(numbers[start : start + step], wide)) for start in starts)
     return _trusted(total, block)
 
 
@@ -184,7 +186,7 @@ def multiplied(block: Array, out: Array, steps: Sequence[float], wide: bool) -> 
         out[...] = product
     elif wide or kind == "float64" or (kind == "float16" and factor > 1):  # it may overflow: bit operations see nothing
         np.multiply(block, factor, out=out, dtype=np.float64, casting="same_kind")
-    elif kind == "float32" or (kind == "float16" and block.size <= _SHORT):
+    elif kind != "float16" or block.size <= _SHORT:  # by way of NumPy's buffers, in one step
         np.multiply(block, np.float32(factor), out=out, dtype=np.float32, casting="same_kind")
     else:
         for piece, target in pairs(block, out, CHUNK):
