@@ -20,7 +20,8 @@ import numpy as np
 from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import scalars, units
 from gradclip._backends.numpy.jobs import BLOCK, jobs_of, sums_of
-from gradclip._backends.numpy.loops import CHUNK, blocks, multiplied, pairs
+from gradclip._backends.numpy.loops import blocks, multiplied, pairs
+from gradclip._backends.numpy.sixteen import CHUNK
 from gradclip._backends.numpy.tables import SHORT, look_up, tables_for
 from gradclip._dtypes import dtype_names
 from gradclip._groups import Groups

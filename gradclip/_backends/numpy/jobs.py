@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gradclip._backends.numpy.loops import CHUNK, blocks, padded, squares, squares_of_each
+from gradclip._backends.numpy.loops import blocks, padded, squares, squares_of_each
+from gradclip._backends.numpy.sixteen import CHUNK
 from gradclip._groups import Groups
 from gradclip._types import Array
 

@@ -2,26 +2,22 @@
 
 A block is a 1-d array of one of the supported dtypes. Measured on 2 cores (AMD EPYC, AVX-512), one thread, 25 million
 elements, in ns an element: `np.dot` 0.17 (but off by 1e-4 at 1e8 elements), rows of 512 added up in float64 0.21 (of
-256: 6 % more), a cast to float64 and `np.dot` 0.9; float16: NumPy's casts 2.1 there and 4.3 back, the bit operations
-below 0.4 and 1.1.
+256: 6 % more), a cast to float64 and `np.dot` 0.9.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from gradclip._backends.numpy.sixteen import CHUNK, as_single, through_single
 from gradclip._dtypes import dtype_name
 from gradclip._types import Array
-
-#: Elements of a narrow dtype that are widened at once: the wide copy stays in cache.
-CHUNK = 1 << 17
 
 #: Up to so many float16 elements NumPy's own product is faster than a dozen bit operations, of 2 us each.
 _SHORT = 1 << 14
@@ -37,25 +33,6 @@ _SAFE_DOUBLE = (2.0**-900, 2.0**1000, 0.0)
 _SAFE = (0.0, sys.float_info.max, 2.0**-99)
 
 
-class _Scratch(threading.local):
-    """Each thread's own memory for one chunk; what is not written to takes none."""
-
-    def __init__(self) -> None:
-        self.wide: Array = np.empty(2 * CHUNK, np.float32)
-        self.other: Array = self.wide[CHUNK:]
-        self.bits: Array = np.empty(2 * CHUNK, np.uint16)
-
-
-_scratch = _Scratch()
-STEP = 2 * CHUNK
-
-
-def room(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array to write to: for up to a chunk of float32 numbers the thread's own, and no memory that must be found."""
-    n = math.prod(shape)
-    return _scratch.other[:n].reshape(shape) if dtype == np.float32 and n <= CHUNK else np.empty(shape, dtype)
-
-
 def squares(block: Array, wide: bool) -> float:
     """The sum of |x|^2; NaN where a plain sum cannot say: an element is not finite, or squares leave the range.
 
@@ -66,9 +43,8 @@ def squares(block: Array, wide: bool) -> float:
     if kind is np.float64 or (kind is np.float32 and not wide):
         total = _dot_rows(numbers)
     else:
-        step = CHUNK if wide else STEP
-        starts = range(0, numbers.size, step)
-        total = sum(_dot_rows(widened(numbers[start : start + step], wide)) for start in starts)
+        starts = range(0, numbers.size, CHUNK)
+        total = sum(_dot_rows(widened(numbers[start : start + CHUNK], wide)) for start in starts)
     return _trusted(total, block)
 
 
@@ -109,8 +85,7 @@ def widened(numbers: Array, wide: bool) -> Array:
     """Real numbers in a dtype that can be added up in rows: at most a chunk of those that must be cast."""
     if wide:
         return numbers.astype(np.float64, copy=False)
-    widen = _WIDEN.get(dtype_name(numbers))
-    return numbers if widen is None else widen(numbers.reshape(-1), _scratch.wide).reshape(numbers.shape)
+    return numbers if numbers.dtype.itemsize > 2 else as_single(numbers)
 
 
 def _trusted(total: float, x: Array) -> float:
@@ -191,98 +166,6 @@ def multiplied(block: Array, out: Array, steps: Sequence[float], wide: bool) -> 
     else:
         for piece, target in pairs(block, out, CHUNK):
             through_single(piece, target, lambda x: np.multiply(x, np.float32(factor), out=x))
-
-
-def through_single(block: Array, out: Array, change: Callable[[Array], Any]) -> None:
-    """`out = block` with what `change` makes of it in float32, for a chunk of 16-bit numbers in one piece.
-
-    Of finite float16 numbers it sees magnitudes: signs are kept.
-    """
-    kind, flat = dtype_name(block), block.reshape(-1)
-    if kind == "float16" and flat.size and _magnitudes(flat).max() >= _INF:
-        x = block.astype(np.float32)
-        change(x)
-        np.copyto(out, x, casting="same_kind")
-        return
-    x = _WIDEN[kind](flat, _scratch.wide)
-    change(x.reshape(block.shape))
-    _NARROW[kind](x, flat, out.reshape(-1))
-
-
-# --- 16-bit numbers as float32 and back ---------------------------------------------------------------------------
-
-
-def _from_bfloat16(block: Array, wide: Array) -> Array:
-    x = wide[: block.size]
-    np.copyto(x, block)
-    return x
-
-
-def _to_bfloat16(x: Array, like: Array, out: Array) -> None:
-    np.copyto(out, x, casting="unsafe")
-
-
-#: The smallest normal float16, 2**-14; and the bits of inf.
-_FIRST, _INF = np.float32(2.0**-14), 0x7C00
-
-
-@lru_cache
-def _constant(value: np.float32) -> Array:
-    """A chunk of one number: the maximum of two arrays takes a third of the time of that of an array and a number."""
-    return np.full(CHUNK, value)
-
-
-def _from_float16(block: Array, wide: Array) -> Array:
-    """|x| as float32; inf where x is inf or NaN.
-
-    The bits of a float16 at their places in a float32 are 2**-112 times the number, a subnormal's as well.
-    """
-    x = wide[: block.size]
-    if _flushes():
-        return np.abs(block, out=x, dtype=np.float32)
-    bits, u = _magnitudes(block), x.view(np.uint32)
-    np.copyto(u, bits)
-    np.left_shift(u, 13, out=u)
-    np.multiply(x, np.float32(2.0**112), out=x)
-    if bits.size and bits.max() >= _INF:
-        x[bits >= _INF] = math.inf
-    return x
-
-
-def _magnitudes(block: Array) -> Array:
-    """The bits of |x|."""
-    return np.bitwise_and(block.view(np.uint16), np.uint16(0x7FFF), out=_scratch.bits[: block.size])
-
-
-def _flushes() -> bool:
-    """Whether this thread's processor takes subnormals for 0, as some libraries make it do."""
-    return bool(np.float32(2.0**-130) * np.float32(2.0**112) == 0)
-
-
-def _to_float16(x: Array, like: Array, out: Array) -> None:
-    """Round x >= 0 to float16, to nearest, ties to even; with the signs of `like`.
-
-    Adding 2**(e + 13) to a number of exponent e makes float32 round it where float16 does; the bits of the sum, less
-    those of 2**(e + 13), count units in the last place of float16.
-    """
-    magic = _scratch.other[: x.size]
-    m, u = magic.view(np.uint32), x.view(np.uint32)
-    np.maximum(x, _constant(_FIRST)[: x.size], out=magic)
-    np.bitwise_and(m, np.uint32(0x7F800000), out=m)
-    np.add(m, np.uint32(13 << 23), out=m)
-    np.add(x, magic, out=x)
-    np.subtract(u, m, out=u)
-    np.right_shift(m, 13, out=m)
-    np.add(u, m, out=u)
-    np.subtract(u, np.uint32((113 + 13) << 10), out=u)
-    sign = _scratch.bits[: x.size]
-    np.bitwise_and(like.view(np.uint16), np.uint16(0x8000), out=sign)
-    np.bitwise_or(u, sign, out=u)
-    np.copyto(out.view(np.uint16), u, casting="unsafe")
-
-
-_WIDEN: dict[str, Callable[[Array, Array], Array]] = {"float16": _from_float16, "bfloat16": _from_bfloat16}
-_NARROW: dict[str, Callable[[Array, Array, Array], None]] = {"float16": _to_float16, "bfloat16": _to_bfloat16}
 
 
 def blocks(leaf: Array, size: int) -> Iterator[Array]:

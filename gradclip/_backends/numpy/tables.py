@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradclip._backends.numpy.loops import CHUNK, multiplied, pairs
+from gradclip._backends.numpy.loops import multiplied, pairs
+from gradclip._backends.numpy.sixteen import CHUNK
 from gradclip._types import Array
 
 #: So many numbers >= 0 there are.
@@ -46,7 +47,7 @@ def tables_for(
 
 def _table(steps: Sequence[float], wide: bool) -> Array:
     """The bits of the product by the bits of the number, whatever that is: NaN, inf, subnormal."""
-    table = np.empty(2 * _HALF, np.uint16)
+    table: Array = np.empty(2 * _HALF, np.uint16)
     positive = table[:_HALF]
     positive[:] = np.arange(_HALF)
     multiplied(positive.view(np.float16), positive.view(np.float16), steps, wide)
