@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.on_numpy import CLIP, FUNCTIONAL, NORM, Gradients, ours, preparation, torch_peers
+from benchmarks.on_numpy import (
+    CLIP,
+    FUNCTIONAL,
+    NORM,
+    ONE_THREAD,
+    TORCH,
+    Gradients,
+    ours,
+    preparation,
+    torch_peers,
+)
 from benchmarks.results import Section, Table
 from benchmarks.settings import Settings
 from benchmarks.timing import compete
@@ -48,7 +58,9 @@ def contest(model: Model, dtype: Any, settings: Settings, section: Section) -> N
     title = f"NumPy, {name}, {model.described(2)}"
     section.tables.append(Table.of(timings, NAIVE, title=title, **where))
     section.add("narrow norm", model.parameters / timings.spread(NORM).median / 1e9, **where)
-    section.compare(timings, where, ("narrow clip", CLIP, NAIVE))
+    section.compare(
+        timings, where, ("narrow clip", CLIP, NAIVE), ("narrow clip, torch", CLIP, TORCH, TORCH + ONE_THREAD)
+    )
     cast = model.parameters / timings.spread(CAST).median / 1e9
     section.notes.append(f"{name}, {model.name}: NumPy's cast to float32 alone runs at {cast:.2f} G elements/s")
 

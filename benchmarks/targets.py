@@ -49,6 +49,7 @@ TARGETS: dict[str, Target] = {
     "compile, clipped sum": Target(7, "lower + compile, clipped_sum / optax per_example_global_norm_clip", None),
     "narrow norm": Target(5, "global_norm", 1.5, "G elements/s", at_least=True),
     "narrow clip": Target(5, "clip_grad_norm_ / naive in-place multiply", 1.0),
+    "narrow clip, torch": Target(5, "clip_grad_norm_ / torch", 1.5),
     "scaling": Target(6, "clip_grad_norm_, N threads / one thread", None),
     "jit run": Target(7, "jitted / optax + its norm", 1.0),
     "jit run, bfloat16, cpu": Target(7, "jitted / optax + its norm", 0.5),

@@ -35,7 +35,8 @@ def set_num_threads(limit: int | None) -> None:
     Notes
     -----
     The result does not depend on the number of threads, not in one bit. The caller works alone on trees of less than
-    2**20 elements, on trees with float16 leaves, and on norms with bfloat16 leaves or p other than 2.
+    2**20 elements, on norms with float16 or bfloat16 leaves or p other than 2, and on trees with float16 leaves of
+    which no 2**17 elements share a factor.
     JAX, CuPy and torch have thread pools of their own.
 
     Examples

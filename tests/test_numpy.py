@@ -20,7 +20,7 @@ from backends import np_dtype
 from exact import mpmath
 from gradclip import _threads as threads
 from gradclip._backends.numpy import loops as blocks
-from gradclip._backends.numpy import scaling
+from gradclip._backends.numpy import scaling, sixteen, tables
 
 pytestmark = pytest.mark.library("numpy")
 
@@ -38,10 +38,9 @@ def every_float16() -> np.ndarray:
 
 def test_every_float16_is_widened_exactly():
     x = every_float16()
-    for start in range(0, x.size, blocks.CHUNK):
-        piece = x[start : start + blocks.CHUNK]
-        wide = blocks._from_float16(piece, np.empty(blocks.CHUNK, np.float32))
-        assert (wide == np.abs(piece.astype(np.float64))).all()
+    for start in range(0, x.size, sixteen.CHUNK):
+        piece = x[start : start + sixteen.CHUNK]
+        assert (sixteen.as_single(piece) == np.abs(piece.astype(np.float64))).all()
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -74,11 +73,65 @@ def test_products_of_16_bits_are_rounded_to_nearest(dtype):
     for factor in np.float32(factors):
         out = np.empty_like(x)
         blocks.multiplied(x, out, [float(factor)], False)
+        for few in (slice(i, i + 9999) for i in range(0, x.size, 9999)):  # which goes another way
+            some = x[few].copy()
+            blocks.multiplied(some, some, [float(factor)], False)
+            assert some.tobytes() == out[few].tobytes()
         want = x.astype(np.float64) * np.float64(factor)
         _, exponent = np.frexp(want)
         unit = np.exp2(np.maximum(exponent - 1, lowest).astype(np.float64) - (bits - 1))
         assert (np.abs(out.astype(np.float64) - want) <= 0.5001 * unit).all(), factor
         assert (np.signbit(out) == np.signbit(x)).all()
+
+
+EVERY = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1 / 3, 1 - 2**-11, 1e-3, 2.0**-14, 2.0**-25, 2.0**-126, 1.5, 3e4])
+def test_the_table_of_products_is_exact(factor):
+    """Of all 65,536 numbers: formed in float32 (by more than 1, in float64), where 35 bits of the product are not lost
+    twice; float64 holds it exactly.
+    """
+    factor, out = float(np.float32(factor)), EVERY.copy()
+    with np.errstate(all="ignore"):  # as in a session
+        table = tables.tables_for([np.tile(EVERY, 2)], [0], [scaling._steps(factor, 1.0)], [False])[0]
+        tables.look_up(out, out, table)
+        exactly = EVERY.astype(np.float64) * factor
+        want = (exactly if factor > 1 else exactly.astype(np.float32)).astype(np.float16)
+    assert (np.isnan(out) == np.isnan(EVERY)).all()
+    assert (np.signbit(out) == np.signbit(EVERY)).all()
+    finite = ~np.isnan(EVERY)
+    assert out[finite].tobytes() == want[finite].tobytes()
+
+
+def test_which_products_are_looked_up():
+    x, small = np.ones(1 << 17, np.float16), np.ones(100, np.float16)
+    leaves, wide = [x, small, small, x, x, x, x.astype(np.float32)], [False] * 6
+    steps = [(0.5,), (0.5,), (), (0.0,), (1.0, math.nan, 1.0), (0.25,)]
+    with np.errstate(all="ignore"):
+        found = tables.tables_for(leaves, [0, 0, 1, 2, 3, 4, 5], steps, wide)
+        many = tables.tables_for([small] * 1311, [5] * 1311, steps, wide)
+    assert list(found) == [0]
+    assert list(many) == [5]
+    assert many[5].view(np.float16)[np.float16(-3).view(np.uint16)] == -0.75
+
+
+@pytest.mark.parametrize("order", ["C", "F", "strided"])
+@pytest.mark.parametrize("size", [6, 20_000, 300_000])
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "bfloat16"])
+def test_what_is_not_finite_stays_so_where_the_norm_is_told(dtype, size, order):
+    """With `norm` nothing is measured: a leaf may hold inf and NaN, and only its other elements are known."""
+    x = np.random.default_rng(5).standard_normal(2 * size).reshape(2, -1)
+    x[0, 1:4] = math.inf, -math.inf, math.nan
+    x = x.astype(np_dtype(dtype) if dtype == "bfloat16" else dtype)
+    x = {"C": x, "F": np.asfortranarray(x), "strided": np.repeat(x, 2, 1)[:, ::2]}[order]
+    want = (x.astype(np.float64) * float(np.float32(1 / 3))).astype(np.float32).astype(x.dtype)
+    for per, bounds, norm in ((None, 1.0, 3.0), ("unit", [np.ones((1, size))], [np.full((1, size), 3.0)])):
+        got = gradclip.clip_grad_norm([x], bounds, per=per, norm=norm).grads[0]
+        np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64))
+        inside = x.copy(order="K")
+        gradclip.clip_grad_norm_([inside], bounds, per=per, norm=norm)
+        np.testing.assert_array_equal(inside.astype(np.float64), want.astype(np.float64))
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

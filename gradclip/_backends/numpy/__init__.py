@@ -20,7 +20,8 @@ import numpy as np
 from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import policy, scaling, units
 from gradclip._backends.numpy.jobs import BLOCK, Leaves, asked, jobs_of, shared, sums_of
-from gradclip._backends.numpy.loops import CHUNK, blocks
+from gradclip._backends.numpy.loops import blocks
+from gradclip._backends.numpy.sixteen import CHUNK
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, RmsNorm, Seen, TwoNorm, identity

@@ -9,7 +9,8 @@ from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from gradclip._backends.numpy.loops import CHUNK, blocks, padded, squares, squares_of_each, strung
+from gradclip._backends.numpy.loops import blocks, padded, squares, squares_of_each, strung
+from gradclip._backends.numpy.sixteen import CHUNK
 from gradclip._dtypes import dtype_names
 from gradclip._groups import Groups
 from gradclip._threads import each, num_threads

@@ -2,27 +2,26 @@
 
 A block is a 1-d array of one of the supported dtypes. Measured on 2 cores (AMD EPYC, AVX-512), one thread, 25 million
 elements, in ns an element: `np.dot` 0.17 (but off by 1e-4 at 1e8 elements), rows of 512 added up in float64 0.21 (of
-256: 6 % more), a cast to float64 and `np.dot` 0.9; float16: NumPy's casts 2.1 there and 4.3 back, the bit operations
-below 0.4 and 1.1.
+256: 6 % more), a cast to float64 and `np.dot` 0.9.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
+from gradclip._backends.numpy.sixteen import CHUNK, as_single, scratch, through_single
 from gradclip._dtypes import dtype_name
 from gradclip._types import Array
 
-#: Elements of a narrow dtype that are widened at once: the wide copy stays in cache.
-CHUNK = 1 << 17
+#: Up to so many float16 elements NumPy's own product is faster than a dozen bit operations, of 2 us each.
+_SHORT = 1 << 14
 
 #: Rows are this long, or a power of two less.
 _LONGEST_ROW = 512
@@ -35,31 +34,12 @@ _SAFE_DOUBLE = (2.0**-900, 2.0**1000, 0.0)
 _SAFE = (0.0, sys.float_info.max, 2.0**-99)
 
 
-class _Scratch(threading.local):
-    """Each thread's own memory for one chunk; what is not written to takes none."""
-
-    def __init__(self) -> None:
-        self.wide: Array = np.empty(CHUNK, np.float32)
-        self.other: Array = np.empty(CHUNK, np.float32)
-        self.bits: Array = np.empty(CHUNK, np.uint16)
-        self.strung: Array = np.empty(CHUNK, np.complex128)
-
-
-_scratch = _Scratch()
-
-
-def room(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An array to write to: for up to a chunk of float32 numbers the thread's own, and no memory that must be found."""
-    n = math.prod(shape)
-    return _scratch.other[:n].reshape(shape) if dtype == np.float32 and n <= CHUNK else np.empty(shape, dtype)
-
-
 def strung(arrays: Sequence[Array]) -> Array:
     """Arrays of one dtype, strung together. In the thread's own memory, up to a chunk: to find new memory for 1,024,000
     float32 elements takes as long as all the rest of their norm.
     """
     n, dtype = sum(map(_size, arrays)), arrays[0].dtype.newbyteorder("=")
-    out = _scratch.strung.view(dtype)[:n] if n <= CHUNK else np.empty(n, dtype)
+    out = scratch.strung.view(dtype)[:n] if n <= CHUNK else np.empty(n, dtype)
     return np.concatenate(arrays, axis=None, out=out)
 
 
@@ -118,8 +98,7 @@ def widened(numbers: Array, wide: bool) -> Array:
     """Real numbers in a dtype that can be added up in rows: at most a chunk of those that must be cast."""
     if wide:
         return numbers.astype(np.float64, copy=False)
-    widen = _WIDEN.get(dtype_name(numbers))
-    return numbers if widen is None else widen(numbers.reshape(-1), _scratch.wide).reshape(numbers.shape)
+    return numbers if numbers.dtype.itemsize > 2 else as_single(numbers)
 
 
 def _trusted(total: float, x: Array) -> float:
@@ -195,94 +174,11 @@ def multiplied(block: Array, out: Array, steps: Sequence[float], wide: bool) -> 
         out[...] = product
     elif wide or kind == "float64" or (kind == "float16" and factor > 1):  # it may overflow: bit operations see nothing
         np.multiply(block, factor, out=out, dtype=np.float64, casting="same_kind")
-    elif kind == "float32":
-        np.multiply(block, np.float32(factor), out=out)
+    elif kind != "float16" or block.size <= _SHORT:  # by way of NumPy's buffers, in one step
+        np.multiply(block, np.float32(factor), out=out, dtype=np.float32, casting="same_kind")
     else:
         for piece, target in pairs(block, out, CHUNK):
             through_single(piece, target, lambda x: np.multiply(x, np.float32(factor), out=x))
-
-
-def through_single(block: Array, out: Array, change: Callable[[Array], Any]) -> None:
-    """`out = block` with what `change` makes of it in float32, for a chunk of 16-bit numbers in one piece.
-
-    Of float16 numbers it sees magnitudes: signs are kept.
-    """
-    kind = dtype_name(block)
-    x = _WIDEN[kind](block.reshape(-1), _scratch.wide)
-    change(x.reshape(block.shape))
-    _NARROW[kind](x, block.reshape(-1), out.reshape(-1))
-
-
-# --- 16-bit numbers as float32 and back ---------------------------------------------------------------------------
-
-
-def _from_bfloat16(block: Array, wide: Array) -> Array:
-    x = wide[: block.size]
-    np.copyto(x, block)
-    return x
-
-
-def _to_bfloat16(x: Array, like: Array, out: Array) -> None:
-    np.copyto(out, x, casting="unsafe")
-
-
-#: The smallest normal float16, 2**-14; and |inf| without its sign bit, shifted left.
-_FIRST, _INF = np.float32(2.0**-14), 0xF800
-
-
-@lru_cache
-def _constant(value: np.float32) -> Array:
-    """A chunk of one number: the maximum of two arrays takes a third of the time of that of an array and a number."""
-    return np.full(CHUNK, value)
-
-
-def _from_float16(block: Array, wide: Array) -> Array:
-    """|x| as float32; inf where x is inf or NaN.
-
-    The bits of a float16 at their places in a float32 are 2**-112 times the number, a subnormal's as well.
-    """
-    x = wide[: block.size]
-    if _flushes():
-        return np.abs(block, out=x, dtype=np.float32)
-    bits, u = _scratch.bits[: block.size], x.view(np.uint32)
-    np.left_shift(block.view(np.uint16), 1, out=bits)  # the sign falls off
-    np.copyto(u, bits)
-    np.left_shift(u, 12, out=u)
-    np.multiply(x, np.float32(2.0**112), out=x)
-    if bits.size and bits.max() >= _INF:
-        x[bits >= _INF] = math.inf
-    return x
-
-
-def _flushes() -> bool:
-    """Whether this thread's processor takes subnormals for 0, as some libraries make it do."""
-    return bool(np.float32(2.0**-130) * np.float32(2.0**112) == 0)
-
-
-def _to_float16(x: Array, like: Array, out: Array) -> None:
-    """Round x >= 0 to float16, to nearest, ties to even; with the signs of `like`.
-
-    Adding 2**(e + 13) to a number of exponent e makes float32 round it where float16 does; the bits of the sum, less
-    those of 2**(e + 13), count units in the last place of float16.
-    """
-    magic = _scratch.other[: x.size]
-    m, u = magic.view(np.uint32), x.view(np.uint32)
-    np.maximum(x, _constant(_FIRST)[: x.size], out=magic)
-    np.bitwise_and(m, np.uint32(0x7F800000), out=m)
-    np.add(m, np.uint32(13 << 23), out=m)
-    np.add(x, magic, out=x)
-    np.subtract(u, m, out=u)
-    np.right_shift(m, 13, out=m)
-    np.add(u, m, out=u)
-    np.subtract(u, np.uint32((113 + 13) << 10), out=u)
-    sign = _scratch.bits[: x.size]
-    np.bitwise_and(like.view(np.uint16), np.uint16(0x8000), out=sign)
-    np.bitwise_or(u, sign, out=u)
-    np.copyto(out.view(np.uint16), u, casting="unsafe")
-
-
-_WIDEN: dict[str, Callable[[Array, Array], Array]] = {"float16": _from_float16, "bfloat16": _from_bfloat16}
-_NARROW: dict[str, Callable[[Array, Array, Array], None]] = {"float16": _to_float16, "bfloat16": _to_bfloat16}
 
 
 def blocks(leaf: Array, size: int) -> Iterator[Array]:

@@ -14,6 +14,7 @@ import numpy as np
 from gradclip._backends.numpy import units
 from gradclip._backends.numpy.jobs import BLOCK, Leaves, shared
 from gradclip._backends.numpy.loops import multiplied, pairs
+from gradclip._backends.numpy.tables import SHORT, look_up, tables_for
 from gradclip._groups import Groups
 from gradclip._scaled import Factors
 from gradclip._types import Array
@@ -63,6 +64,7 @@ def scaled(
     single = [None if exact[i] is None or is_wide else narrow[i, ...] for i, is_wide in enumerate(wide)]
     own: dict[Any, list[Any]] = {_SINGLE: single, _DOUBLE: exact, _COMPLEX: exact}
     nothing = [None] * len(steps)
+    tables = tables_for([leaves[i] for i in whole], base, steps, wide)
     outs = list(leaves)
     jobs: list[Callable[[], Any]] = []
     for i, group in zip(whole, base, strict=True):
@@ -74,8 +76,14 @@ def scaled(
         if by is not None and leaf.size <= BLOCK:
             np.multiply(leaf, by, out)
         else:
+            table = tables.get(group) if leaf.dtype.char == "e" else None
             cut = pairs(np.asarray(leaf), out, BLOCK)
-            jobs += [partial(multiplied, x, y, steps[group], wide[group]) for x, y in cut]
+            if table is None:
+                jobs += [partial(multiplied, x, y, steps[group], wide[group]) for x, y in cut]
+            elif leaf.size <= SHORT:
+                look_up(np.asarray(leaf), out, table)
+            else:
+                jobs += [partial(look_up, x, y, table) for x, y in cut]
     for i, keep in groups.kept.items():
         leaf, block = leaves[i], groups.block[i]
         at = slice(groups.base[i], groups.base[i] + groups.lengths[block])
@@ -84,7 +92,7 @@ def scaled(
         outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
         jobs += units.scaling(leaf, out, keep, factor[at], shift[at], groups.wide[block], product)
     if jobs:
-        shared(lambda job: job(), jobs, leaves, "float16")
+        shared(lambda job: job(), jobs, leaves, *([] if tables else ["float16"]))
     return outs if in_place else _scalars_as_scalars(leaves, outs)
 
 

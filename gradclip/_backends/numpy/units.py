@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradclip._backends.numpy import loops
+from gradclip._backends.numpy import loops, sixteen
 from gradclip._backends.numpy.jobs import BLOCK
-from gradclip._backends.numpy.loops import CHUNK
+from gradclip._backends.numpy.sixteen import CHUNK
 from gradclip._types import Array
 
 #: Rows of at least so many elements are added up by dot products.
@@ -135,7 +135,7 @@ def _of_columns(x: Array, wide: bool) -> Array:
         for j in range(0, stripe, across):
             some = stripes[i : i + rows, j : j + across]
             some = loops.widened(some, wide).reshape(-1, _FEW, some.shape[1])
-            sums = loops.room(some[:, 0].shape, some.dtype)
+            sums = sixteen.room(some[:, 0].shape, some.dtype)
             total[j : j + across] += fold(np.einsum("rkw,rkw->rw", some, some, out=sums))
     return fold(total.reshape(beside, width)) + _of_columns(x[whole:], wide)
 
@@ -194,7 +194,7 @@ def _multiplied(x: Array, out: Array, by: Array) -> None:
         _product(numbers, target, by)
         return
     for (part, some), (to, _) in zip(pieces(numbers, CHUNK), pieces(target, CHUNK), strict=True):
-        loops.through_single(part, to, partial(_in_place, by[some]))
+        sixteen.through_single(part, to, partial(_in_place, by[some]))
 
 
 def _in_place(by: Array, x: Array) -> None:
