@@ -78,8 +78,11 @@ def given(
 def _checked(bounds: Bounds, grouped: Grouped, name: str) -> tuple[Bounds, list[Array]]:
     """The bounds, and the arrays among them."""
     max_norm, norm, divisor, unit = bounds
+    max_norm = _arguments.scalars(name, max_norm, grouped)
+    if type(max_norm) is float and norm is divisor is unit is None:
+        return Bounds(max_norm), []
     bounds = Bounds(
-        _arguments.scalars(name, max_norm, grouped),
+        max_norm,
         None if norm is None else _arguments.scalars("norm", norm, grouped, finite=False),
         None if divisor is None else _arguments.scalar("divide_by", divisor, positive=True),
         None if unit is None else _arguments.scalar("eps", unit, positive=True),

@@ -12,9 +12,9 @@ import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, KeysView, Sequence, Sized, ValuesView
 from itertools import islice
-from operator import attrgetter
 from typing import Any
 
+from gradclip._dtypes import samples
 from gradclip._errors import warn
 from gradclip._types import Clipped, Leaf, Tree
 
@@ -147,24 +147,6 @@ def _open(tree: Any) -> Node | None:
 _LEAF = object()
 
 
-def _samples(values: list[Any]) -> Sequence[int]:
-    """In order, the first value of every kind. A thousand leaves of one kind take 50 us."""
-    try:
-        kinds: list[Any] = list(map(_dtype, values))
-    except AttributeError:  # no array
-        kinds = [getattr(x, "dtype", None) for x in values]
-    if len(set(map(type, values))) > 1:
-        kinds = list(zip(map(type, values), kinds, strict=True))
-    try:
-        different = set(kinds)
-    except TypeError:  # a dtype that is no array's
-        return range(len(kinds))
-    return (0,) if len(different) == 1 else sorted(map(kinds.index, different))
-
-
-_dtype = attrgetter("dtype")
-
-
 class Flat:
     """The leaves of a tree: `values`, in order, without the empty places."""
 
@@ -174,7 +156,7 @@ class Flat:
     def __init__(self, leaves: list[Any], plan: Any, root: str, places: Sequence[int]) -> None:
         self._leaves, self._plan, self._root, self._places = leaves, plan, root, places
         self.values = leaves if len(places) == len(leaves) else [leaves[i] for i in places]
-        self.samples = _samples(self.values)
+        self.samples = samples(self.values)
 
     def rebuild(self, values: list[Any], blank: bool = False) -> Tree:
         """A tree like the one that came, with `values` at the leaves. `blank`: None where a leaf is not among them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 import tracemalloc
@@ -19,8 +20,11 @@ import gradclip
 from backends import np_dtype
 from exact import mpmath
 from gradclip import _threads as threads
+from gradclip._backends.numpy import NumpyBackend, scaling, sixteen, tables
 from gradclip._backends.numpy import loops as blocks
-from gradclip._backends.numpy import scaling, sixteen, tables
+from gradclip._decide import Bounds
+from gradclip._groups import Groups
+from gradclip._norms import norm_for
 
 pytestmark = pytest.mark.library("numpy")
 
@@ -355,6 +359,37 @@ def test_a_leaf_whose_own_elements_share_memory_is_scaled_once(size, limit):
     norm = float(gradclip.clip_grad_norm_([window], 0.5))
     assert math.isclose(norm, math.sqrt(2 * math.fsum(before**2) - before[0] ** 2 - before[-1] ** 2), rel_tol=1e-15)
     np.testing.assert_allclose(x, before * (0.5 / norm), rtol=1e-15)
+
+
+EDGES = [0.0, 5e-324, 1e-310, 1e-160, 0.3, 1.0, 3.5, 1e20, 1e160, 1.7e308, math.inf, math.nan]
+
+
+NORMS = [(2.0, False), (2.0, True), (1.0, True), (math.inf, True), (3.0, True), ("rms", False)]
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+@pytest.mark.parametrize("given", [(), ("divide_by",), ("unit",), ("norm",), ("norm", "divide_by")])
+@pytest.mark.parametrize(("p", "binned"), NORMS)
+def test_the_policy_of_one_group_is_that_of_many(p, binned, given, nonfinite):
+    """What is read off as a function of Python, beside the same steps on rows of two equal numbers."""
+    draw, backend, norm = random.Random(str((p, given))), NumpyBackend(), norm_for(p, binned)
+    one, two = Groups((0,), (None,), ((),), (False,)), Groups((0, 1), (None, None), ((), ()), (False, False))
+    for _ in range(40):
+        numbers = {name: draw.choice(EDGES) for name in ("max_norm", *given)}
+        bounds = Bounds(**{name: backend.number(x, np.float64, None) for name, x in numbers.items()})
+        slots = [np.array([[draw.choice(EDGES)] for _ in range(n)]) for n in norm.slots]
+        for x in slots:
+            x[:1], x[2:] = 0.0, np.where(x[2:] < 4, np.floor(x[2:]), 0.0)  # a middle bin, counts and flags
+        seen = () if "norm" in given else tuple(slots)
+        with np.errstate(all="ignore"):
+            got = backend.decide(norm, seen, bounds, one, nonfinite)
+            want = backend.decide(norm, tuple(np.repeat(x, 2, axis=1) for x in seen), bounds, two, nonfinite)
+        rows = [
+            [np.broadcast_to(1.0 if x is None else x, 2)[0] for x in (*v.factors, v.finite, v.joined_finite)]
+            for v in (got, want)
+        ]
+        np.testing.assert_array_equal(got.norms[0], want.norms[0], str(numbers))
+        np.testing.assert_array_equal(*rows, str(numbers))
 
 
 def test_which_arrays_are_folded():

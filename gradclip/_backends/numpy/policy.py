@@ -98,6 +98,11 @@ def _sqrt(x: float) -> float:
     return np.float64(math.sqrt(x))
 
 
+def _as_float32(x: float) -> float:
+    """Rounded, and in float64 again: to a float32 a constant beyond its range would be inf or 0."""
+    return np.float64(np.float32(x))
+
+
 def _larger(x: float, y: float) -> float:
     return x if x > y or x != x else y
 
@@ -113,7 +118,7 @@ _NAMES = {
     "pow": pow,
     "larger": _larger,
     "smaller": _smaller,
-    "as_float32": np.float32,
+    "as_float32": _as_float32,
     "INFINITE": math.inf,
     "NOT_A_NUMBER": math.nan,
 }
