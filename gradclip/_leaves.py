@@ -60,7 +60,7 @@ def backend_for(flat: Flat, scalars: Sequence[Any] = (), params: Sequence[Leaf] 
     """
     if len(flat.samples) == 1 and not scalars and not params:  # as always, nearly
         x = flat.values[0]
-        known = _admitted.get((type(x), x.dtype))
+        known = _admitted.get((type(x), getattr(x, "dtype", None)))
         if known is not None:
             return backend_of({known: x})
     names: dict[str, Any] = {}  # the libraries, each with the first of its arrays
