@@ -45,20 +45,16 @@ def fits(name: str, acc: Any) -> bool:
 def samples(values: Sequence[Any]) -> Sequence[int]:
     """In order, the first value of every kind, a kind being a type and a dtype. A thousand of one kind take 50 us."""
     try:
-        dtypes = set(map(_dtype, values))
-    except (AttributeError, TypeError):  # no arrays, or a dtype that is no array's
-        return _samples([getattr(x, "dtype", None) for x in values], values)
-    if len(dtypes) == 1 == len(set(map(type, values))):
-        return (0,)
-    return _samples(list(map(_dtype, values)), values)
-
-
-def _samples(dtypes: Sequence[Any], values: Sequence[Any]) -> Sequence[int]:
-    kinds = list(zip(map(type, values), dtypes, strict=True))
+        kinds: Sequence[Any] = list(map(_dtype, values))
+    except AttributeError:  # no array
+        kinds = [getattr(x, "dtype", None) for x in values]
+    if len(set(map(type, values))) > 1:  # dtypes of two libraries may be equal, or warn when they are compared
+        kinds = list(zip(map(type, values), kinds, strict=True))
     try:
-        return sorted(map(kinds.index, set(kinds)))
-    except TypeError:
+        different = set(kinds)
+    except TypeError:  # a dtype that is no array's
         return range(len(kinds))
+    return (0,) if len(different) == 1 else sorted(map(kinds.index, different))
 
 
 _dtype = attrgetter("dtype")
