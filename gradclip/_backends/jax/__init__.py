@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import checkify
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import decisions, derivatives, products, sums
-from gradclip._backends.jax.arrays import devices, is_traced, placed
+from gradclip._backends.jax import decisions, derivatives, eager, products, sums
+from gradclip._backends.jax.arrays import devices, guarded, is_traced, placed
+from gradclip._backends.jax.eager import Later, Line, Noted
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -52,7 +53,8 @@ class JaxBackend(Backend):
             found = Scaled(self.move(value, device).astype(acc), np.zeros(value.shape, acc))  # by no hidden copy
         else:
             found = super().number(value, acc, device)
-        return found if is_traced(*jax.tree.leaves(found)) else placed(found, device)
+        stays = is_traced(*found) or (isinstance(device, jax.Device) and not guarded())
+        return found if stays else placed(found, device)
 
     def _full(self, value: float, dtype: Any, device: Any) -> Array:
         return np.dtype(dtype).type(value)
@@ -62,12 +64,21 @@ class JaxBackend(Backend):
     def partials(
         self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array] | None
     ) -> Seen:
-        eager = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
-        run = derivatives.partials if eager else _partials
-        return run(super().partials, norm, groups, join, list(leaves))
+        device = None if join else eager.home(leaves)
+        if device is None:
+            direct = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
+            run = derivatives.partials if direct else _partials
+            return run(super().partials, norm, groups, join, list(leaves))
+        if len(eager.shares(leaves, groups)) == 1:
+            return Noted(list(leaves), groups, device)
+        with eager.at(device):
+            return super().partials(leaves, norm, groups, join)
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
-        return super().partial(leaves, norm, groups, seen) if _apart(leaves) else _pass(leaves, norm, groups, seen)
+        if _apart(leaves):
+            return super().partial(leaves, norm, groups, seen)
+        _, found = eager.each(leaves, groups, lambda some, own: _pass(some, norm, own, seen))
+        return found[0] if len(found) == 1 else eager.joined(found, norm.ops[len(seen)])
 
     def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
         shape = () if keep is None else (leaf.shape[keep],)
@@ -83,7 +94,16 @@ class JaxBackend(Backend):
         groups: Groups,
         nonfinite: Nonfinite,
         relative: bool = False,
-    ) -> Verdict:
+    ) -> Any:
+        numbers = [x for bound in bounds if bound is not None for x in bound]
+        if isinstance(partials, Noted):
+            leaves, measured, device = partials
+            if not is_traced(*numbers):
+                return Later(Line(self, norm, measured, groups, nonfinite, relative), (), leaves, bounds, device)
+            partials = _partials(super().partials, norm, measured, None, leaves)
+        elif not is_traced(*partials, *numbers):
+            line = Line(self, norm, None, groups, nonfinite, relative)
+            return Later(line, partials, [], bounds, eager.home(partials))
         return _decide(self, norm, partials, bounds, groups, nonfinite, relative)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
@@ -100,11 +120,23 @@ class JaxBackend(Backend):
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
+        if isinstance(factors, Later):
+            found = factors.used(products.scaled, leaves)
+            if found is not None:
+                return found
+            factors = factors.found.factors
         if _apart([*leaves, factors.factor]):
             return super().scale(leaves, factors, groups, in_place)
-        return _scale(groups, list(leaves), factors)
+        of, each = eager.each(leaves, groups, lambda some, own: _scale(own, some, factors))
+        out = {i: x for some, those in zip(of, each, strict=True) for i, x in zip(some, those, strict=True)}
+        return [out[i] for i in range(len(out))]
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
+        if isinstance(factors, Later):
+            found = factors.used(_weighted_by_group, leaves)
+            if found is not None:
+                return found
+            factors = factors.found.factors
         if not _apart([*leaves, factors.factor]):
             return _weighted(list(leaves), factors)
         places = map(array_api_compat.device, leaves)
@@ -135,6 +167,10 @@ class JaxBackend(Backend):
 def _apart(arrays: Sequence[Array]) -> bool:
     """Whether arrays live on different devices."""
     return len({devices(x) for x in arrays} - {None}) > 1
+
+
+def _weighted_by_group(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
+    return products.weighted(leaves, factors)
 
 
 def _held(x: Array) -> Array:
