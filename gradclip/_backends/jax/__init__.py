@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax import decisions, derivatives, eager, products, sums
 from gradclip._backends.jax.arrays import devices, guarded, is_traced, placed
-from gradclip._backends.jax.eager import Later, Line, Noted
+from gradclip._backends.jax.eager import Here, Later, Line, one_pass
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -63,26 +63,20 @@ class JaxBackend(Backend):
 
     def partials(
         self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array] | None
-    ) -> Seen:
-        device = None if join else eager.home(leaves)
-        if device is None:
-            direct = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
-            run = derivatives.partials if direct else _partials
-            return run(super().partials, norm, groups, join, list(leaves))
-        if len(eager.shares(leaves, groups)) == 1:
-            return Noted(list(leaves), groups, device)
-        with eager.at(device):
-            return super().partials(leaves, norm, groups, join)
+    ) -> Any:
+        here = None if join else eager.here(leaves, groups)
+        if here is not None:
+            return here if len(here.shares) == 1 else eager.partials(here, norm)
+        direct = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
+        run = derivatives.partials if direct else _partials
+        return run(super().partials, norm, groups, join, list(leaves))
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
-        if _apart(leaves):
-            return super().partial(leaves, norm, groups, seen)
-        _, found = eager.each(leaves, groups, lambda some, own: _pass(some, norm, own, seen))
-        return found[0] if len(found) == 1 else eager.joined(found, norm.ops[len(seen)])
+        return super().partial(leaves, norm, groups, seen) if _apart(leaves) else one_pass(leaves, norm, groups, seen)
 
     def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
         shape = () if keep is None else (leaf.shape[keep],)
-        return _pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen)
+        return one_pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen)
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -96,15 +90,12 @@ class JaxBackend(Backend):
         relative: bool = False,
     ) -> Any:
         numbers = [x for bound in bounds if bound is not None for x in bound]
-        if isinstance(partials, Noted):
-            leaves, measured, device = partials
-            if not is_traced(*numbers):
-                return Later(Line(self, norm, measured, groups, nonfinite, relative), (), leaves, bounds, device)
-            partials = _partials(super().partials, norm, measured, None, leaves)
-        elif not is_traced(*partials, *numbers):
-            line = Line(self, norm, None, groups, nonfinite, relative)
-            return Later(line, partials, [], bounds, eager.home(partials))
-        return _decide(self, norm, partials, bounds, groups, nonfinite, relative)
+        here, seen = (partials, ()) if isinstance(partials, Here) else (None, partials)
+        if is_traced(*seen, *numbers):
+            seen = seen if here is None else _partials(super().partials, norm, here.groups, None, here.leaves)
+            return _decide(self, norm, seen, bounds, groups, nonfinite, relative)
+        line = Line(self, norm, here and here.groups, groups, nonfinite, relative)
+        return Later(line, seen, bounds, here)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
         return derivatives.finish(norm, rows)
@@ -120,28 +111,22 @@ class JaxBackend(Backend):
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
-        if isinstance(factors, Later):
-            found = factors.used(products.scaled, leaves)
-            if found is not None:
-                return found
-            factors = factors.found.factors
+        found, factors = eager.ended(products.scaled, _scale, leaves, factors, groups)
+        if found is not None:
+            return found
         if _apart([*leaves, factors.factor]):
             return super().scale(leaves, factors, groups, in_place)
-        of, each = eager.each(leaves, groups, lambda some, own: _scale(own, some, factors))
-        out = {i: x for some, those in zip(of, each, strict=True) for i, x in zip(some, those, strict=True)}
-        return [out[i] for i in range(len(out))]
+        return _scale(groups, list(leaves), factors)
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
-        if isinstance(factors, Later):
-            found = factors.used(_weighted_by_group, leaves)
-            if found is not None:
-                return found
-            factors = factors.found.factors
+        found, factors = eager.ended(eager.weighted, _weighted, leaves, factors, groups)
+        if found is not None:
+            return found
         if not _apart([*leaves, factors.factor]):
-            return _weighted(list(leaves), factors)
+            return _weighted(groups, list(leaves), factors)
         places = map(array_api_compat.device, leaves)
         there = [jax.tree.map(lambda x, place=place: self.move(x, place), factors) for place in places]
-        return [_weighted([x], own)[0] for x, own in zip(leaves, there, strict=True)]
+        return [_weighted(groups, [x], own)[0] for x, own in zip(leaves, there, strict=True)]
 
     def _clamped(self, leaf: Array, low: Any, high: Any) -> Array:
         device = array_api_compat.device(leaf)
@@ -169,10 +154,6 @@ def _apart(arrays: Sequence[Array]) -> bool:
     return len({devices(x) for x in arrays} - {None}) > 1
 
 
-def _weighted_by_group(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
-    return products.weighted(leaves, factors)
-
-
 def _held(x: Array) -> Array:
     """The array that a tracer of `grad` or `vmap` stands for, where there is one: without `jit`, those compute."""
     x = lax.stop_gradient(x)
@@ -181,9 +162,8 @@ def _held(x: Array) -> Array:
     return x
 
 
-_pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
 _decide = jax.jit(decisions.decided, static_argnums=(0, 1, 4, 5, 6), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
-_weighted = jax.jit(derivatives.weighted, inline=True)
+_weighted = jax.jit(lambda groups, leaves, factors: derivatives.weighted(leaves, factors), static_argnums=0, inline=True)
 _clamp = jax.jit(Backend(jnp)._clamped, inline=True)

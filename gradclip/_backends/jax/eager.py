@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import decisions, reductions
+from gradclip._backends.jax import decisions, products, reductions, sums
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -32,51 +34,77 @@ End = Callable[[Groups, list[Array], Factors], list[Array]]
 _SHARE = 100
 
 
+class Here(NamedTuple):
+    """Leaves on one device, none of them traced, and which of them, by number, a program takes."""
+
+    device: Any
+    leaves: list[Array]
+    groups: Groups
+    shares: list[list[int]]
+
+    def each(self, run: Callable[[list[Array], Groups], Any]) -> list[Any]:
+        """What `run` gives for each share and its groups."""
+        if len(self.shares) == 1:
+            return [run(self.leaves, self.groups)]
+        shapes, wide = self.groups.shapes, self.groups.wide  # of the one group that there is
+        with at(self.device):
+            return [
+                run([self.leaves[i] for i in some], Groups((0,) * len(some), (None,) * len(some), shapes, wide))
+                for some in self.shares
+            ]
+
+    def in_order(self, each: list[list[Array]]) -> list[Array]:
+        """What there is for each leaf, from what there is for each share."""
+        found = dict(zip(chain.from_iterable(self.shares), chain.from_iterable(each), strict=True))
+        return [found[i] for i in range(len(found))]
+
+
+def here(leaves: Sequence[Array], groups: Groups) -> Here | None:
+    """The leaves, where they are on one device. Of many alike leaves, which are one group, equal numbers are a share."""
+    device = home(leaves)
+    if device is None:
+        return None
+    if len(leaves) < 2 * _SHARE or groups.count != 1 or groups.kept:
+        return Here(device, list(leaves), groups, [[*range(len(leaves))]])
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, kind in enumerate(map(_kind, leaves)):
+        alike[kind].append(i)
+    whole = {kind: len(some) // _SHARE * _SHARE if len(some) >= 2 * _SHARE else 0 for kind, some in alike.items()}
+    shares = [some[i : i + _SHARE] for kind, some in alike.items() for i in range(0, whole[kind], _SHARE)]
+    rest = [i for kind, some in alike.items() for i in some[whole[kind] :]]
+    return Here(device, list(leaves), groups, shares + [rest] * bool(rest))
+
+
 def home(arrays: Sequence[Array]) -> Any:
     """The one device that holds all of these arrays; None where they are apart, spread, traced, or none."""
     kinds = set(map(type, arrays))
     if not kinds or any(issubclass(kind, jax.core.Tracer) or not issubclass(kind, jax.Array) for kind in kinds):
         return None
-    place = arrays[0].sharding
-    if len(place.device_set) > 1 or not all(x.sharding is place or x.sharding == place for x in arrays):
-        return None
-    return next(iter(place.device_set))
+    places = list(map(_place, arrays))
+    alone = places.count(places[0]) == len(places) and len(places[0].device_set) == 1
+    return next(iter(places[0].device_set)) if alone else None
 
 
-def shares(leaves: Sequence[Array], groups: Groups) -> list[list[int]]:
-    """Which leaves, by number, a program takes: of many on one device, equal numbers of those that are alike."""
-    alike: dict[Any, list[int]] = defaultdict(list)
-    if len(leaves) < 2 * _SHARE or groups.count != 1 or groups.kept or home(leaves) is None:
-        return [[*range(len(leaves))]]
-    for i, x in enumerate(leaves):
-        alike[x.shape, x.dtype].append(i)
-    whole = {kind: len(some) // _SHARE * _SHARE if len(some) >= 2 * _SHARE else 0 for kind, some in alike.items()}
-    found = [some[i : i + _SHARE] for kind, some in alike.items() for i in range(0, whole[kind], _SHARE)]
-    rest = [i for kind, some in alike.items() for i in some[whole[kind] :]]
-    return found + [rest] * bool(rest)
+_kind, _place = attrgetter("shape", "dtype"), attrgetter("sharding")
 
 
-def each(
-    leaves: Sequence[Array], groups: Groups, run: Callable[[list[Array], Groups], Any]
-) -> tuple[list[list[int]], list[Any]]:
-    """Each share of the leaves, and what `run` gives for it and its own groups."""
-    of = shares(leaves, groups)
-    if len(of) == 1:
-        return of, [run(list(leaves), groups)]
-    return of, [run([leaves[i] for i in some], _one(len(some), groups)) for some in of]
+one_pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
 
 
-def _one(n: int, groups: Groups) -> Groups:
-    """So many leaves of a single group."""
-    return Groups((0,) * n, (None,) * n, groups.shapes, groups.wide)
+def partials(here: Here, norm: Norm) -> Seen:
+    """The partials of several shares, joined."""
+    seen: Seen = ()
+    for op in norm.ops:
+        found = here.each(lambda some, own, seen=seen: one_pass(some, norm, own, seen))
+        seen += (_joined(found, op),)
+    return seen
 
 
-class Noted(NamedTuple):
-    """Partials that are still to be found, of a few leaves on one device."""
-
-    leaves: list[Array]
-    groups: Groups
-    device: Any
+@partial(jax.jit, static_argnums=1)
+def _joined(found: list[Array], op: ReduceOp) -> Array:
+    """Partials of one group as one."""
+    rows = [[x[k] for x in found] for k in range(len(found[0]))]
+    return jnp.stack([reductions.joined(row, np.zeros(len(row), int), 1, op, len(row)) for row in rows])
 
 
 class Line(NamedTuple):
@@ -92,15 +120,19 @@ class Line(NamedTuple):
 
 
 class Later:
-    """A verdict that is still to be found, together with what its factors are for."""
+    """A verdict that is still to be found, together with what its factors are for.
 
-    def __init__(self, line: Line, seen: Seen, arrays: list[Array], bounds: Bounds, device: Any) -> None:
-        self._line, self._seen, self._arrays, self._bounds, self._device = line, seen, arrays, bounds, device
+    `seen`: the partials, where they are known; else `here` are the leaves that are measured.
+    """
+
+    def __init__(self, line: Line, seen: Seen, bounds: Bounds, here: Here | None) -> None:
+        self._line, self._seen, self._bounds, self.here = line, seen, bounds, here
+        self.device = home(seen) if here is None else here.device
 
     @cached_property
     def found(self) -> Verdict:
-        with at(self._device):
-            found: Verdict = _run(self._line, 0, self._seen, self._arrays, self._bounds)
+        with at(self.device):
+            found: Verdict = _run(self._line, 0, self._seen, self.here.leaves if self.here else [], self._bounds)
             return found
 
     @cached_property
@@ -120,18 +152,34 @@ class Later:
         """Where they are not found yet, this: for `used`."""
         return self.found.factors if "found" in self.__dict__ else self
 
-    def used(self, end: End, leaves: Sequence[Array]) -> list[Array] | None:
-        """What `end` makes of the leaves, the first of those that were measured; None if it wants programs of its own."""
-        arrays, device = self._arrays or list(leaves), self._device
-        if not self._arrays:
-            place = home(leaves)
-            if place is None or device not in (None, place) or len(shares(leaves, self._line.groups)) > 1:
-                return None
-            device = place
-        with at(device):
+    def used(self, end: End, here: Here, count: int) -> list[Array]:
+        """What `end` makes of the first so many leaves."""
+        with at(here.device):
             out: list[Array]
-            out, self.norms = _run(self._line._replace(end=end), len(leaves), self._seen, arrays, self._bounds)
+            out, self.norms = _run(self._line._replace(end=end), count, self._seen, here.leaves, self._bounds)
         return out
+
+
+def ended(
+    end: End, alone: End, leaves: Sequence[Array], factors: Any, groups: Groups
+) -> tuple[list[Array] | None, Factors]:
+    """What `end` makes of leaves on one device, and the factors. None for other leaves: they may be apart, or traced.
+
+    `alone`: the same, compiled by itself.
+    """
+    later = factors if isinstance(factors, Later) else None
+    found = (later and later.here) or here(leaves, groups)
+    if later is not None:
+        if found and len(found.shares) == 1 and later.device in (None, found.device):
+            return later.used(end, found, len(leaves)), factors
+        factors = later.found.factors
+    if found is None or len(found.shares) == 1 or home([factors.factor]) != found.device:
+        return None, factors
+    return found.in_order(found.each(lambda some, own: alone(own, some, factors))), factors
+
+
+def weighted(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
+    return products.weighted(leaves, factors)
 
 
 def at(device: Any) -> AbstractContextManager[Any]:
@@ -146,10 +194,3 @@ def _run(line: Line, count: int, seen: Seen, arrays: list[Array], bounds: Bounds
         seen = Backend.partials(line.backend, arrays, line.norm, line.measured, None)
     found = decisions.decided(line.backend, line.norm, seen, bounds, line.groups, line.nonfinite, line.relative)
     return found if line.end is None else (line.end(line.groups, arrays[:count], found.factors), found.norms)
-
-
-@partial(jax.jit, static_argnums=(1,))
-def joined(found: list[Array], op: ReduceOp) -> Array:
-    """The partials of several shares, each of one group, as one."""
-    rows = [[x[k] for x in found] for k in range(len(found[0]))]
-    return jnp.stack([reductions.joined(row, np.zeros(len(row), int), 1, op, len(row)) for row in rows])
