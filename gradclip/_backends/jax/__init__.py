@@ -45,8 +45,11 @@ class JaxBackend(Backend):
         return placed(x, device)
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
-        if isinstance(value, list) and all(isinstance(x, float) for x in value):  # one copy to the device, not one each
-            step = RANGES[np.dtype(acc).name].step
+        step = RANGES["float64" if acc is jnp.float64 else "float32"].step
+        if isinstance(value, float) and acc is jnp.float32:
+            mantissa, exponent = host_split(value, step)
+            found = Scaled(np.float32(mantissa), np.float32(exponent))
+        elif isinstance(value, list) and all(isinstance(x, float) for x in value):  # one copy to the device, not one each
             mantissas, exponents = np.array([host_split(x, step) for x in value], acc).T
             found = Scaled(mantissas, exponents if exponents.any() else None)
         elif isinstance(value, jax.Array) and acc == jnp.float32 and value.dtype != jnp.float64:
