@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import array_api_compat
@@ -36,6 +37,14 @@ class JaxBackend(Backend):
         return [
             x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x, x.dtype.newbyteorder("="))) for x in leaves
         ]
+
+    @contextmanager
+    def session(self, leaves: Sequence[Array], in_place: bool) -> Iterator[None]:
+        """Arrays that were made on a device, and not put there, stay with the first leaf."""
+        there = devices(leaves[0]) if leaves else None
+        home = jax.default_device(*there) if there and len(there) == 1 else nullcontext()
+        with super().session(leaves, in_place), home:
+            yield
 
     accumulation = staticmethod(sums.accumulation)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from itertools import chain
 from operator import attrgetter
@@ -47,11 +46,10 @@ class Here(NamedTuple):
         if len(self.shares) == 1:
             return [run(self.leaves, self.groups)]
         shapes, wide = self.groups.shapes, self.groups.wide  # of the one group that there is
-        with at(self.device):
-            return [
-                run([self.leaves[i] for i in some], Groups((0,) * len(some), (None,) * len(some), shapes, wide))
-                for some in self.shares
-            ]
+        return [
+            run([self.leaves[i] for i in some], Groups((0,) * len(some), (None,) * len(some), shapes, wide))
+            for some in self.shares
+        ]
 
     def in_order(self, each: list[list[Array]]) -> list[Array]:
         """What there is for each leaf, from what there is for each share."""
@@ -131,9 +129,11 @@ class Later:
 
     @cached_property
     def found(self) -> Verdict:
-        with at(self.device):
-            found: Verdict = _run(self._line, 0, self._seen, self.here.leaves if self.here else [], self._bounds)
-            return found
+        line, leaves = self._line, self.here.leaves if self.here else []
+        if self.here is None:  # then it is the same for any leaves
+            line = line._replace(groups=Groups((), (), line.groups.shapes, line.groups.wide))
+        found: Verdict = _run(line, 0, self._seen, leaves, self._bounds)
+        return found
 
     @cached_property
     def norms(self) -> list[Array]:
@@ -154,9 +154,8 @@ class Later:
 
     def used(self, end: End, here: Here, count: int) -> list[Array]:
         """What `end` makes of the first so many leaves."""
-        with at(here.device):
-            out: list[Array]
-            out, self.norms = _run(self._line._replace(end=end), count, self._seen, here.leaves, self._bounds)
+        out: list[Array]
+        out, self.norms = _run(self._line._replace(end=end), count, self._seen, here.leaves, self._bounds)
         return out
 
 
@@ -180,11 +179,6 @@ def ended(
 
 def weighted(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
     return products.weighted(leaves, factors)
-
-
-def at(device: Any) -> AbstractContextManager[Any]:
-    """While open, arrays stay on that device that were not put there on purpose."""
-    return nullcontext() if device is None else jax.default_device(device)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
