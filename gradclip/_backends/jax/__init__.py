@@ -17,7 +17,7 @@ from gradclip._backends.generic import Backend
 from gradclip._backends.jax import decisions, derivatives, eager, products, sums
 from gradclip._backends.jax.arrays import devices, guarded, is_traced, placed
 from gradclip._backends.jax.eager import Here, Later, Line, one_pass
-from gradclip._decide import Bounds, Verdict
+from gradclip._decide import Bounds
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
 from gradclip._scaled import RANGES, Factors, Scaled, host_split
@@ -58,7 +58,7 @@ class JaxBackend(Backend):
         if isinstance(value, float) and acc is jnp.float32:
             mantissa, exponent = host_split(value, step)
             found = Scaled(np.float32(mantissa), np.float32(exponent))
-        elif isinstance(value, list) and all(isinstance(x, float) for x in value):  # one copy to the device, not one each
+        elif isinstance(value, list) and all(isinstance(x, float) for x in value):  # one copy, not one each
             mantissas, exponents = np.array([host_split(x, step) for x in value], acc).T
             found = Scaled(mantissas, exponents if exponents.any() else None)
         elif isinstance(value, jax.Array) and acc == jnp.float32 and value.dtype != jnp.float64:
@@ -177,5 +177,5 @@ def _held(x: Array) -> Array:
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
 _decide = jax.jit(decisions.decided, static_argnums=(0, 1, 4, 5, 6), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
-_weighted = jax.jit(lambda groups, leaves, factors: derivatives.weighted(leaves, factors), static_argnums=0, inline=True)
+_weighted = jax.jit(lambda groups, *given: derivatives.weighted(*given), static_argnums=0, inline=True)
 _clamp = jax.jit(Backend(jnp)._clamped, inline=True)

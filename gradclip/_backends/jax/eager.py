@@ -58,7 +58,7 @@ class Here(NamedTuple):
 
 
 def here(leaves: Sequence[Array], groups: Groups) -> Here | None:
-    """The leaves, where they are on one device. Of many alike leaves, which are one group, equal numbers are a share."""
+    """The leaves, where they are on one device. Of many alike ones, which are one group, equal numbers are a share."""
     device = home(leaves)
     if device is None:
         return None
@@ -89,11 +89,15 @@ _kind, _place = attrgetter("shape", "dtype"), attrgetter("sharding")
 one_pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
 
 
+def _of_share(norm: Norm, seen: Seen, leaves: list[Array], groups: Groups) -> Array:
+    return one_pass(leaves, norm, groups, seen)
+
+
 def partials(here: Here, norm: Norm) -> Seen:
     """The partials of several shares, joined."""
     seen: Seen = ()
     for op in norm.ops:
-        found = here.each(lambda some, own, seen=seen: one_pass(some, norm, own, seen))
+        found = here.each(partial(_of_share, norm, seen))
         seen += (_joined(found, op),)
     return seen
 
