@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import array_api_compat
@@ -13,9 +14,10 @@ from jax import lax
 from jax.experimental import checkify
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import decisions, derivatives, products, sums
-from gradclip._backends.jax.arrays import devices, is_traced, placed
-from gradclip._decide import Bounds, Verdict
+from gradclip._backends.jax import decisions, derivatives, eager, products, sums
+from gradclip._backends.jax.arrays import devices, guarded, is_traced, placed
+from gradclip._backends.jax.eager import Here, Later, Line, one_pass
+from gradclip._decide import Bounds
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
 from gradclip._scaled import RANGES, Factors, Scaled, host_split
@@ -36,6 +38,14 @@ class JaxBackend(Backend):
             x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x, x.dtype.newbyteorder("="))) for x in leaves
         ]
 
+    @contextmanager
+    def session(self, leaves: Sequence[Array], in_place: bool) -> Iterator[None]:
+        """Arrays that were made on a device, and not put there, stay with the first leaf."""
+        there = devices(leaves[0]) if leaves else None
+        home = jax.default_device(*there) if there and len(there) == 1 else nullcontext()
+        with super().session(leaves, in_place), home:
+            yield
+
     accumulation = staticmethod(sums.accumulation)
 
     def move(self, x: Array, device: Any) -> Array:
@@ -44,15 +54,19 @@ class JaxBackend(Backend):
         return placed(x, device)
 
     def number(self, value: Any, acc: Any, device: Any) -> Scaled:
-        if isinstance(value, list) and all(isinstance(x, float) for x in value):  # one copy to the device, not one each
-            step = RANGES[np.dtype(acc).name].step
+        step = RANGES["float64" if acc is jnp.float64 else "float32"].step
+        if isinstance(value, float) and acc is jnp.float32:
+            mantissa, exponent = host_split(value, step)
+            found = Scaled(np.float32(mantissa), np.float32(exponent))
+        elif isinstance(value, list) and all(isinstance(x, float) for x in value):  # one copy, not one each
             mantissas, exponents = np.array([host_split(x, step) for x in value], acc).T
             found = Scaled(mantissas, exponents if exponents.any() else None)
         elif isinstance(value, jax.Array) and acc == jnp.float32 and value.dtype != jnp.float64:
             found = Scaled(self.move(value, device).astype(acc), np.zeros(value.shape, acc))  # by no hidden copy
         else:
             found = super().number(value, acc, device)
-        return found if is_traced(*jax.tree.leaves(found)) else placed(found, device)
+        stays = is_traced(*found) or (isinstance(device, jax.Device) and not guarded())
+        return found if stays else placed(found, device)
 
     def _full(self, value: float, dtype: Any, device: Any) -> Array:
         return np.dtype(dtype).type(value)
@@ -61,17 +75,20 @@ class JaxBackend(Backend):
 
     def partials(
         self, leaves: Sequence[Array], norm: Norm, groups: Groups, join: Callable[[Array, ReduceOp], Array] | None
-    ) -> Seen:
-        eager = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
-        run = derivatives.partials if eager else _partials
+    ) -> Any:
+        here = None if join else eager.here(leaves, groups)
+        if here is not None:
+            return here if len(here.shares) == 1 else eager.partials(here, norm)
+        direct = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
+        run = derivatives.partials if direct else _partials
         return run(super().partials, norm, groups, join, list(leaves))
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
-        return super().partial(leaves, norm, groups, seen) if _apart(leaves) else _pass(leaves, norm, groups, seen)
+        return super().partial(leaves, norm, groups, seen) if _apart(leaves) else one_pass(leaves, norm, groups, seen)
 
     def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
         shape = () if keep is None else (leaf.shape[keep],)
-        return _pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen)
+        return one_pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen)
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -83,8 +100,14 @@ class JaxBackend(Backend):
         groups: Groups,
         nonfinite: Nonfinite,
         relative: bool = False,
-    ) -> Verdict:
-        return _decide(self, norm, partials, bounds, groups, nonfinite, relative)
+    ) -> Any:
+        numbers = [x for bound in bounds if bound is not None for x in bound]
+        here, seen = (partials, ()) if isinstance(partials, Here) else (None, partials)
+        if is_traced(*seen, *numbers):
+            seen = seen if here is None else _partials(super().partials, norm, here.groups, None, here.leaves)
+            return _decide(self, norm, seen, bounds, groups, nonfinite, relative)
+        line = Line(self, norm, here and here.groups, groups, nonfinite, relative)
+        return Later(line, seen, bounds, here)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
         return derivatives.finish(norm, rows)
@@ -100,16 +123,22 @@ class JaxBackend(Backend):
     # -- clipping ------------------------------------------------------------------------------------------
 
     def scale(self, leaves: Sequence[Array], factors: Factors, groups: Groups, in_place: bool) -> Sequence[Array]:
+        found, factors = eager.ended(products.scaled, _scale, leaves, factors, groups)
+        if found is not None:
+            return found
         if _apart([*leaves, factors.factor]):
             return super().scale(leaves, factors, groups, in_place)
         return _scale(groups, list(leaves), factors)
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
+        found, factors = eager.ended(eager.weighted, _weighted, leaves, factors, groups)
+        if found is not None:
+            return found
         if not _apart([*leaves, factors.factor]):
-            return _weighted(list(leaves), factors)
+            return _weighted(groups, list(leaves), factors)
         places = map(array_api_compat.device, leaves)
         there = [jax.tree.map(lambda x, place=place: self.move(x, place), factors) for place in places]
-        return [_weighted([x], own)[0] for x, own in zip(leaves, there, strict=True)]
+        return [_weighted(groups, [x], own)[0] for x, own in zip(leaves, there, strict=True)]
 
     def _clamped(self, leaf: Array, low: Any, high: Any) -> Array:
         device = array_api_compat.device(leaf)
@@ -145,9 +174,8 @@ def _held(x: Array) -> Array:
     return x
 
 
-_pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
 _decide = jax.jit(decisions.decided, static_argnums=(0, 1, 4, 5, 6), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)
-_weighted = jax.jit(derivatives.weighted, inline=True)
+_weighted = jax.jit(lambda groups, *given: derivatives.weighted(*given), static_argnums=0, inline=True)
 _clamp = jax.jit(Backend(jnp)._clamped, inline=True)

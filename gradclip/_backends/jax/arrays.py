@@ -56,6 +56,11 @@ def devices(x: Array) -> frozenset[Any] | None:
     return frozenset(x.sharding.device_set) if isinstance(x, jax.Array) and not is_traced(x) else None
 
 
+def guarded() -> bool:
+    """Whether JAX has been told to watch copies from the host that nobody asked for."""
+    return jax.config.jax_transfer_guard_host_to_device not in (None, "allow")
+
+
 def placed(x: Any, device: Any) -> Any:
     """Small arrays on the devices of `device` (a device or a sharding), in whole on each."""
     if device is None:
