@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gradclip._backends.generic import Backend
+from gradclip._backends.jax.platforms import by_platform
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import ExtremeNorm, Norm, Seen, SumNorm
@@ -43,7 +44,7 @@ class _InFloat64(_Undifferentiated):
         return _wide(norm.finish(xp, rows))
 
     def _quotient(self, xp: Namespace, numerator: Scaled, denominator: Scaled) -> Factors:
-        return lax.platform_dependent(
+        return by_platform(
             numerator.mantissa, denominator.mantissa, cpu=_quotient_on_condition, default=_quotient
         )
 
@@ -113,7 +114,7 @@ def decided(
     narrow = all(x.dtype == jnp.float32 for x in jax.tree.leaves((partials, bounds)))
     if not narrow or any(groups.wide) or not isinstance(norm, SumNorm | ExtremeNorm):  # others may be beyond float64
         return run(backend, partials, bounds)
-    return lax.platform_dependent(partials, bounds, cpu=in_float64, cuda=in_float64, rocm=in_float64, default=at_length)
+    return by_platform(partials, bounds, cpu=in_float64, cuda=in_float64, rocm=in_float64, default=at_length)
 
 
 @decided.defjvp

@@ -19,6 +19,7 @@ from jax import lax
 
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax import products, reductions
+from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.reductions import parts, reduced
 from gradclip._backends.leaf import against
 from gradclip._groups import Groups
@@ -98,7 +99,7 @@ def divided(bound: Scaled, norm: Scaled) -> Factors:
 
     if norm.exponent is None and bound.exponent is None:
         return at_once(bound, norm)
-    return lax.platform_dependent(bound, norm, cpu=on_condition, default=at_once)
+    return by_platform(bound, norm, cpu=on_condition, default=at_once)
 
 
 @divided.defjvp

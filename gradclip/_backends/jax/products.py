@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from gradclip._backends.jax.arrays import may_be_sharded, spread, whole
+from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.rows import stacks as stacked
 from gradclip._backends.leaf import against
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
@@ -130,7 +131,7 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
     rows = _rows(factors)
     if factors.factor.size <= FEW or groups.kept or any(map(may_be_sharded, leaves)):
         return one_by_one(leaves, *rows)
-    return lax.platform_dependent(leaves, *rows, cpu=in_stacks, default=one_by_one)
+    return by_platform(leaves, *rows, cpu=in_stacks, default=one_by_one)
 
 
 @jax.jit
@@ -154,7 +155,7 @@ def _scaled(leaf: Array, *rows: Array) -> Array:
 
     if leaf.dtype != jnp.bfloat16 or rows[2].dtype != jnp.float32:
         return straight(leaf, *rows)
-    return lax.platform_dependent(leaf, *rows, cpu=by_bits, default=straight)
+    return by_platform(leaf, *rows, cpu=by_bits, default=straight)
 
 
 def _multiplied(x: Array, factor: Array, shift: Array | None = None) -> Array:
@@ -225,7 +226,7 @@ def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
         return []
     if len(leaves[0]) <= _AT_ONCE or any(map(may_be_sharded, leaves)):
         return at_once(leaves, *rows)
-    return lax.platform_dependent(leaves, *rows, cpu=on_cpu, default=at_once)
+    return by_platform(leaves, *rows, cpu=on_cpu, default=at_once)
 
 
 def _normal(x: Array, dtype: Any) -> Array:

@@ -16,6 +16,7 @@ from jax import lax
 
 from gradclip._backends.jax import plain_sums
 from gradclip._backends.jax.arrays import may_be_sharded
+from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.reductions import joined, largest, parts, reduced
 from gradclip._backends.jax.rows import SHORT, Rows, alike, entries, rows_of
 from gradclip._dtypes import COMPONENT_BITS, dtype_name, dtype_names
@@ -67,20 +68,20 @@ def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> 
         bins = plain_sums.in_float64(norm, rows, count, quick) if wide else plain_sums.in_float32(norm, rows, count)
         return jnp.concatenate([bins, alike(1.0, rows, count, acc)[None]]) if isinstance(norm, RmsNorm) else bins
 
-    def by_platform(ways: dict[str, Callable[[list[Array]], Array]], default: Callable[..., Array]) -> Array:
+    def chosen(ways: dict[str, Callable[[list[Array]], Array]], default: Callable[..., Array]) -> Array:
         on_gpu = with_(ways.pop("gpu", default), alone=True)
-        return lax.platform_dependent(arrays, **ways, cuda=on_gpu, rocm=on_gpu, default=default)
+        return by_platform(arrays, **ways, cuda=on_gpu, rocm=on_gpu, default=default)
 
     if op == "max" and not any(dtype_name(x).startswith("complex") for x in leaves):
-        return by_platform({}, by_largest)
+        return chosen({}, by_largest)
     if op != "sum":
-        return by_platform({}, slot_by_slot)
+        return chosen({}, slot_by_slot)
     if not isinstance(norm, SumNorm) or acc != jnp.float32:
-        return by_platform({"cpu": with_(slot_by_slot, limit=SHORT if PLAIN_IS_EXACT else _PROMISED)}, slot_by_slot)
+        return chosen({"cpu": with_(slot_by_slot, limit=SHORT if PLAIN_IS_EXACT else _PROMISED)}, slot_by_slot)
     quick = PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh
     # Of many groups, one will be all zeros, and is taken for what lacks bits.
     elsewhere = slot_by_slot if on_mesh or groups.kept else with_(summed, wide=False)
-    return by_platform({"cpu": with_(summed, quick=quick), "gpu": summed}, elsewhere)
+    return chosen({"cpu": with_(summed, quick=quick), "gpu": summed}, elsewhere)
 
 
 def _slot(terms: Sequence[Any], rows: list[Rows], count: int, acc: Any, op: ReduceOp, limit: int) -> Array:
