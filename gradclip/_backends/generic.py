@@ -131,6 +131,18 @@ class Backend(OneLeaf):
         xp = self._xp_of_numbers if n == 1 else self.xp
         norms = self._finish(xp, norm, found) if found else None
         params = self._finish(xp, norm, rows(n)) if relative else None
+        return self._settled(xp, norms, params, bounds, groups, nonfinite, wide)
+
+    def _settled(
+        self,
+        xp: Namespace,
+        norms: Scaled | None,
+        params: Scaled | None,
+        bounds: Bounds,
+        groups: Groups,
+        nonfinite: Nonfinite,
+        wide: Any,
+    ) -> Verdict:
         decision = decide(xp, norms, bounds, wide, nonfinite, params)
         factors = self._quotient(xp, decision.numerator, decision.denominator)
         return Verdict(self._reported(decision.norm, wide, groups), factors, decision.finite, decision.joined_finite)

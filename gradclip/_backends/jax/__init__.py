@@ -15,6 +15,7 @@ from jax.experimental import checkify
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax import decisions, derivatives, products, sums
 from gradclip._backends.jax.arrays import devices, is_traced, placed
+from gradclip._backends.jax.sums import Measured
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -64,14 +65,21 @@ class JaxBackend(Backend):
     ) -> Seen:
         eager = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
         run = derivatives.partials if eager else _partials
-        return run(super().partials, norm, groups, join, list(leaves))
+        return run(self._measured, norm, groups, join, list(leaves))
+
+    def _measured(self, leaves: list[Array], norm: Norm, groups: Groups, join: Any) -> Measured:
+        if join is None and len(norm.ops) == 1 and is_traced(*leaves):
+            return _pass(leaves, norm, groups, ())
+        return Measured(super().partials(leaves, norm, groups, join))
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
-        return super().partial(leaves, norm, groups, seen) if _apart(leaves) else _pass(leaves, norm, groups, seen)
+        if _apart(leaves):
+            return super().partial(leaves, norm, groups, seen)
+        return _pass(leaves, norm, groups, seen).joined[0]
 
     def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
         shape = () if keep is None else (leaf.shape[keep],)
-        return _pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen)
+        return _pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen).joined[0]
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -84,7 +92,8 @@ class JaxBackend(Backend):
         nonfinite: Nonfinite,
         relative: bool = False,
     ) -> Verdict:
-        return _decide(self, norm, partials, bounds, groups, nonfinite, relative)
+        measured = partials if isinstance(partials, Measured) else Measured(partials)
+        return _decide(self, norm, measured, bounds, groups, nonfinite, relative)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
         return derivatives.finish(norm, rows)

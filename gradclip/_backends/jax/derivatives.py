@@ -21,6 +21,7 @@ from gradclip._backends.generic import Backend
 from gradclip._backends.jax import products, reductions
 from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.reductions import parts, reduced
+from gradclip._backends.jax.sums import Measured
 from gradclip._backends.leaf import against
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -31,14 +32,15 @@ _XP = Backend(jnp)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def partials(measure: Callable[..., Seen], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Seen:
+def partials(measure: Callable[..., Measured], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Measured:
     """The partial of every pass, joined."""
     return measure(leaves, norm, groups, join)
 
 
 @partials.defjvp
 def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
-    joined = partials(measure, norm, groups, join, *primals)
+    found = partials(measure, norm, groups, join, *primals)
+    joined = found.joined
     acc, count = joined[-1].dtype, joined[-1].shape[1]
     ends = finish(norm, tuple(x[:, :count] for x in joined))
     owners = [range(i, i + groups.lengths[k]) for i, k in zip(groups.base, groups.block, strict=True)]
@@ -65,7 +67,8 @@ def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: 
     if ties[0] is not None:  # several elements that share the extreme magnitude get a part each
         slope = slope / jnp.maximum(total(ties), 1)
     last = jnp.concatenate([ends.over(jnp, slope)[None], jnp.zeros_like(joined[-1][1:])])
-    return joined, (*map(jnp.zeros_like, joined[:-1]), last)
+    zeros = jax.tree.map(jnp.zeros_like, found)
+    return found, zeros._replace(joined=(*zeros.joined[:-1], last))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

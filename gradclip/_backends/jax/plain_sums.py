@@ -18,9 +18,12 @@ from gradclip._types import Array
 
 _R = RANGES["float32"]
 
+#: Up to here the sum in float64 is as fast as one in float32: of 2e5 elements on 2 cores 69 us, and 64.
+_SMALL = 1 << 18
 
-def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Array:
-    """The bins of rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled.
+
+def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> tuple[Array, Array]:
+    """Rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled: in bins, and as it is.
 
     That needs no bins. 25 million elements on 2 cores: 5 to 8 ms, the plain sum in float32 3 ms, in bins 102 ms. So
     with `quick`, long leaves are tried with a plain sum, and take more only where one left the safe range. To look
@@ -32,6 +35,7 @@ def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Arra
         return {i: _sum(norm, acc, 0, rows[i].axis, x).astype(jnp.float64) for i, x in arrays.items()}
 
     one_each = {i for i, row in enumerate(rows) if len(row.owners) == 1 or isinstance(row.owners, range)}
+    quick = quick and not _is_small(rows)
     tried = {i: x for i, x in arrays.items() if quick and i in one_each and not is_short(x)}
     with jax.enable_x64(True):
         found = sums(tried, jnp.float32)
@@ -41,9 +45,13 @@ def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Arra
         found |= sums({i: x for i, x in arrays.items() if i not in tried})
         total = _joined(found, rows, count, limit=0)
         if norm.binned:
-            return norm.in_bins(jnp, total)
+            return norm.in_bins(jnp, total), total
         nothing = jnp.zeros_like(total)  # a norm without bins looks into the middle one only, for NaN too
-        return jnp.stack([nothing, total, nothing]).astype(jnp.float32)
+        return jnp.stack([nothing, total, nothing]).astype(jnp.float32), total
+
+
+def _is_small(rows: list[Rows]) -> bool:
+    return all(isinstance(n, int) for row in rows for n in row.array.shape) and sum(row.array.size for row in rows) <= _SMALL
 
 
 def in_float32(norm: SumNorm, rows: list[Rows], count: int) -> Array:

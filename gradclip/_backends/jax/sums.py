@@ -7,8 +7,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial as with_
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
@@ -38,50 +39,74 @@ def accumulation(leaves: Sequence[Array]) -> Any:
     return jnp.float64 if wide else jnp.float32
 
 
-def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
+class Measured(NamedTuple):
+    """The partial of every pass; and beside that of a sum, where it is known, the sum in float64 of each group."""
+
+    joined: Seen
+    total: Array | None = None
+
+
+def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Measured:
     """What the leaves contribute to the pass after those that were `seen`: an array (slots, groups).
 
+    In float64 there is something for CPUs and GPUs only, which decide by it (see `decisions`).
     Leaves that may be spread over a mesh join by one all-reduce: none is added up twice there on a condition.
     """
     arrays, acc, op = list(leaves), accumulation(leaves), norm.ops[len(seen)]
     on_mesh, count = any(map(may_be_sharded, leaves)), groups.count
     if all(0 in leaf.shape for leaf in leaves):
-        return jnp.full((norm.slots[len(seen)], count), identity(op), acc)
+        nothing = jnp.full((norm.slots[len(seen)], count), identity(op), acc)
+        return Measured((nothing,), _zeros(count) if isinstance(norm, SumNorm) and acc == jnp.float32 else None)
 
     def merged(arrays: list[Array], alone: bool = False) -> list[Rows]:
         return rows_of(arrays, groups, on_mesh, alone)
 
     # The cast to `acc` stands in the function that adds up. Outside, the wide array would be made: for 24 million
     # bfloat16 elements the norm took 47 ms with it, and takes 1 ms.
-    def slot_by_slot(arrays: list[Array], limit: int = SHORT, alone: bool = False) -> Array:
+    def slot_by_slot(arrays: list[Array], limit: int = SHORT, alone: bool = False) -> Measured:
         rows, limit = merged(arrays, alone), 0 if on_mesh else limit  # a compensated sum would gather
         terms = [norm.terms(jnp, parts(row.array, acc), tuple(entries(s, row) for s in seen)) for row in rows]
-        return jnp.stack([_slot(each, rows, count, acc, op, limit) for each in zip(*terms, strict=True)])
+        slots = jnp.stack([_slot(each, rows, count, acc, op, limit) for each in zip(*terms, strict=True)])
+        return Measured((slots,), _zeros(count) if sums else None)
 
-    def by_largest(arrays: list[Array], alone: bool = False) -> Array:
+    def by_largest(arrays: list[Array], alone: bool = False) -> Measured:
         rows = merged(arrays, alone)
-        return jnp.stack(norm.terms(jnp, (largest(rows, count, acc),), ()))
+        return Measured((jnp.stack(norm.terms(jnp, (largest(rows, count, acc),), ())),))
 
-    def summed(arrays: list[Array], alone: bool = False, wide: bool = True, quick: bool = False) -> Array:
+    def summed(arrays: list[Array], alone: bool = False, wide: bool = True, quick: bool = False) -> Measured:
         assert isinstance(norm, SumNorm)
         rows = merged(arrays, alone)
-        bins = plain_sums.in_float64(norm, rows, count, quick) if wide else plain_sums.in_float32(norm, rows, count)
-        return jnp.concatenate([bins, alike(1.0, rows, count, acc)[None]]) if isinstance(norm, RmsNorm) else bins
+        if wide:
+            bins, total = plain_sums.in_float64(norm, rows, count, quick)
+        else:
+            bins, total = plain_sums.in_float32(norm, rows, count), _zeros(count)
+        if not isinstance(norm, RmsNorm):
+            return Measured((bins,), total)
+        number = alike(1.0, rows, count, acc)
+        with jax.enable_x64(True):
+            mean = total / jnp.maximum(number, 1).astype(total.dtype)
+        return Measured((jnp.concatenate([bins, number[None]]),), mean)
 
-    def chosen(ways: dict[str, Callable[[list[Array]], Array]], default: Callable[..., Array]) -> Array:
+    def chosen(ways: dict[str, Callable[[list[Array]], Measured]], default: Callable[..., Measured]) -> Measured:
         on_gpu = with_(ways.pop("gpu", default), alone=True)
         return by_platform(arrays, **ways, cuda=on_gpu, rocm=on_gpu, default=default)
 
+    sums = isinstance(norm, SumNorm) and acc == jnp.float32
     if op == "max" and not any(dtype_name(x).startswith("complex") for x in leaves):
         return chosen({}, by_largest)
     if op != "sum":
         return chosen({}, slot_by_slot)
-    if not isinstance(norm, SumNorm) or acc != jnp.float32:
+    if not sums:
         return chosen({"cpu": with_(slot_by_slot, limit=SHORT if PLAIN_IS_EXACT else _PROMISED)}, slot_by_slot)
     quick = PLAIN_IS_EXACT and isinstance(norm, TwoNorm) and not on_mesh
     # Of many groups, one will be all zeros, and is taken for what lacks bits.
     elsewhere = slot_by_slot if on_mesh or groups.kept else with_(summed, wide=False)
     return chosen({"cpu": with_(summed, quick=quick), "gpu": summed}, elsewhere)
+
+
+def _zeros(count: int) -> Array:
+    with jax.enable_x64(True):
+        return jnp.zeros((count,), jnp.float64)
 
 
 def _slot(terms: Sequence[Any], rows: list[Rows], count: int, acc: Any, op: ReduceOp, limit: int) -> Array:
