@@ -50,7 +50,7 @@ class JaxBackend(Backend):
             mantissas, exponents = np.array([host_split(x, step) for x in value], acc).T
             found = Scaled(mantissas, exponents if exponents.any() else None)
         elif isinstance(value, jax.Array) and acc == jnp.float32 and value.dtype != jnp.float64:
-            found = Scaled(self.move(value, device).astype(acc), np.zeros(value.shape, acc))  # by no hidden copy
+            found = Scaled(self.move(value, device).astype(acc), None)  # by no hidden copy
         else:
             found = super().number(value, acc, device)
         return found if is_traced(*jax.tree.leaves(found)) else placed(found, device)
@@ -69,17 +69,17 @@ class JaxBackend(Backend):
 
     def _measured(self, leaves: list[Array], norm: Norm, groups: Groups, join: Any) -> Measured:
         if join is None and len(norm.ops) == 1 and is_traced(*leaves):
-            return _pass(leaves, norm, groups, ())
+            return _pass(leaves, norm, groups, (), False)
         return Measured(super().partials(leaves, norm, groups, join))
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
         if _apart(leaves):
             return super().partial(leaves, norm, groups, seen)
-        return _pass(leaves, norm, groups, seen).joined[0]
+        return _pass(leaves, norm, groups, seen, True).joined[0]
 
     def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
         shape = () if keep is None else (leaf.shape[keep],)
-        return _pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen).joined[0]
+        return _pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen, True).joined[0]
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ def _held(x: Array) -> Array:
     return x
 
 
-_pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
+_pass = jax.jit(sums.partial, static_argnums=(1, 2, 4), inline=True)
 _partials = jax.jit(derivatives.partials, static_argnums=(0, 1, 2, 3), inline=True)
 _decide = jax.jit(decisions.decided, static_argnums=(0, 1, 4, 5, 6), inline=True)
 _scale = jax.jit(derivatives.scaled, static_argnums=0, inline=True)

@@ -19,6 +19,7 @@ from jax import lax
 
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax.arrays import may_be_sharded, varying
+from gradclip._backends.jax.derivatives import whole
 from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.sums import Measured
 from gradclip._decide import Bounds, Verdict
@@ -119,9 +120,10 @@ def decided(
 ) -> Verdict:
     """`Backend.decide`."""
     settled: dict[str, Any] = {"nonfinite": nonfinite, "relative": relative}
+    in_general = partial(_in_general, backend, norm, groups, settled)
 
     def in_float64(measured: Measured, bounds: Bounds) -> Verdict:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.disable_jit():  # else JAX traces each step of the policy as a function of its own
             wide = Bounds(*(None if x is None else _wide(x) for x in bounds))
             return _plain(_InFloat64().decided(norm, measured, wide, groups, **settled), groups)
 
@@ -143,7 +145,7 @@ def decided(
 
     narrow = all(x.dtype == jnp.float32 for x in jax.tree.leaves((measured.joined, bounds)))
     if not narrow or any(groups.wide) or not isinstance(norm, SumNorm | ExtremeNorm):  # others may be beyond float64
-        return _plain(Backend.decide(backend, norm, measured.joined, bounds, groups, **settled), groups)
+        return in_general(measured, bounds)
     found = by_platform(measured, bounds, cpu=on_cpu, cuda=in_float64, rocm=in_float64, default=at_length)
     return found._replace(norms=backend._reported(found.norms[0], False, groups))
 
@@ -152,10 +154,14 @@ def decided(
 def _decided_jvp(
     backend: Backend, norm: Norm, groups: Groups, nonfinite: Nonfinite, relative: bool, primals: Any, tangents: Any
 ) -> Any:
-    def run(measured: Measured, bounds: Bounds) -> Verdict:
-        return _plain(Backend.decide(backend, norm, measured.joined, bounds, groups, nonfinite, relative), groups)
+    in_general = partial(_in_general, backend, norm, groups, {"nonfinite": nonfinite, "relative": relative})
+    return jax.jvp(in_general, primals, tangents)
 
-    return jax.jvp(run, primals, tangents)
+
+def _in_general(
+    backend: Backend, norm: Norm, groups: Groups, settled: dict[str, Any], measured: Measured, bounds: Bounds
+) -> Verdict:
+    return _plain(Backend.decide(backend, norm, whole(norm, measured), bounds, groups, **settled), groups)
 
 
 def _plain(found: Verdict, groups: Groups) -> Verdict:

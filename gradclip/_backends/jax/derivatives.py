@@ -18,13 +18,13 @@ import numpy as np
 from jax import lax
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import products, reductions
+from gradclip._backends.jax import plain_sums, products, reductions
 from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.reductions import parts, reduced
 from gradclip._backends.jax.sums import Measured
 from gradclip._backends.leaf import against
 from gradclip._groups import Groups
-from gradclip._norms import Norm, Seen
+from gradclip._norms import Norm, RmsNorm, Seen, SumNorm
 from gradclip._scaled import Factors, Scaled, quotient
 from gradclip._types import Array
 
@@ -37,10 +37,29 @@ def partials(measure: Callable[..., Measured], norm: Norm, groups: Groups, join:
     return measure(leaves, norm, groups, join)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def whole(norm: Norm, found: Measured) -> Seen:
+    """The partials, also where the total stands in their place."""
+
+    def of_total(found: Measured) -> Seen:
+        assert isinstance(norm, SumNorm)
+        number = jnp.ones_like(found.joined[0][0]) if isinstance(norm, RmsNorm) else None
+        return (plain_sums.in_bins(norm, found.total, number),)
+
+    if found.total is None:
+        return found.joined
+    return by_platform(found, cpu=of_total, cuda=of_total, rocm=of_total, default=lambda found: found.joined)
+
+
+@whole.defjvp
+def _whole_jvp(norm: Norm, primals: Any, tangents: Any) -> Any:
+    return whole(norm, *primals), tangents[0].joined
+
+
 @partials.defjvp
 def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
     found = partials(measure, norm, groups, join, *primals)
-    joined = found.joined
+    joined = whole(norm, found)
     acc, count = joined[-1].dtype, joined[-1].shape[1]
     ends = finish(norm, tuple(x[:, :count] for x in joined))
     owners = [range(i, i + groups.lengths[k]) for i, k in zip(groups.base, groups.block, strict=True)]

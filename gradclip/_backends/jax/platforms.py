@@ -24,7 +24,10 @@ _Way = Callable[..., Any]
 
 
 def by_platform(*args: Any, default: _Way, **ways: _Way) -> Any:
-    """`lax.platform_dependent`: the way of this machine is traced, others only where a program is lowered for them."""
+    """`lax.platform_dependent`: the way of this machine is traced, others only where a program is lowered for them.
+
+    What is traced comes as an argument: a way must not close over it.
+    """
     flat, tree = jax.tree.flatten(args)
     if not is_traced(*flat):
         return lax.platform_dependent(*args, default=default, **ways)
@@ -52,6 +55,8 @@ def _lowered(name: str | None, ctx: Any, *flat: Any, traced: ClosedJaxpr, each: 
 
 
 def _mapped(axis: Any, flat: Sequence[Array], axes: Sequence[int | None], **settled: Any) -> Any:
+    if all(x is None for x in axes):
+        return _choice.bind(*flat, **settled), [None] * len(settled["traced"].out_avals)
     run = jax.vmap(lambda *flat: _in_full(*flat, **settled), tuple(axes), spmd_axis_name=axis.spmd_name)
     found = run(*flat)
     return found, [0] * len(found)

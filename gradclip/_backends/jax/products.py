@@ -208,25 +208,27 @@ def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
         return rounded(lax.fori_loop(0, (n - first) // _AT_ONCE, body, some(0, first, leaves)))
 
     def by_dot(leaves: list[Array], *rows: Array) -> list[Array]:
-        over = (((0,), (0,)), ((), ()))
+        over, factor = (((0,), (0,)), ((), ())), rows[1]
         steps = [jnp.broadcast_to(factor, len(x)).astype(x.dtype) for x in leaves]
         each = zip(steps, leaves, strict=True)
         return rounded(lax.dot_general(step, x, over, precision=lax.Precision.HIGHEST) for step, x in each)
 
-    def on_cpu(leaves: list[Array], *rows: Array) -> list[Array]:
+    def on_cpu(leaves: list[Array], factors: Factors) -> list[Array]:
+        factor, (_, *rows) = factors.factor, _rows(factors)
         if any(np.result_type(x.dtype, factor.dtype) != x.dtype for x in leaves):  # a cast would be written out
             return in_a_loop(leaves, *rows)
         ones = [step == 1 for step in (factors.shift,) if step is not None]
         plain = jnp.all(reduce(jnp.logical_and, ones, factor != 0))
         return lax.cond(plain, by_dot, in_a_loop, leaves, *rows)
 
-    factor = factors.factor
-    _, *rows = _rows(factors)
+    def elsewhere(leaves: list[Array], factors: Factors) -> list[Array]:
+        return at_once(leaves, *_rows(factors)[1:])
+
     if not leaves:
         return []
     if len(leaves[0]) <= _AT_ONCE or any(map(may_be_sharded, leaves)):
-        return at_once(leaves, *rows)
-    return by_platform(leaves, *rows, cpu=on_cpu, default=at_once)
+        return elsewhere(leaves, factors)
+    return by_platform(leaves, factors, cpu=on_cpu, default=elsewhere)
 
 
 def _normal(x: Array, dtype: Any) -> Array:

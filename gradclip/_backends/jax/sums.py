@@ -40,58 +40,69 @@ def accumulation(leaves: Sequence[Array]) -> Any:
 
 
 class Measured(NamedTuple):
-    """The partial of every pass; and beside that of a sum, where it is known, the sum in float64 of each group."""
+    """The partial of every pass. `total`: of a sum, each group's in float64, in its place where float64 is at hand.
+
+    Then the partial is zeros, and `derivatives.whole` makes it of the total. Of a mean, the total is the mean.
+    """
 
     joined: Seen
     total: Array | None = None
 
 
-def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Measured:
+def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen, joins: bool) -> Measured:
     """What the leaves contribute to the pass after those that were `seen`: an array (slots, groups).
 
-    In float64 there is something for CPUs and GPUs only, which decide by it (see `decisions`).
-    Leaves that may be spread over a mesh join by one all-reduce: none is added up twice there on a condition.
+    `joins`: whether it is to be joined with others. Else there is a total. Leaves that may be spread over a mesh join
+    by one all-reduce: none is added up twice there on a condition.
     """
     arrays, acc, op = list(leaves), accumulation(leaves), norm.ops[len(seen)]
     on_mesh, count = any(map(may_be_sharded, leaves)), groups.count
+    sums = isinstance(norm, SumNorm) and acc == jnp.float32
+
+    def in_slots(slots: Array) -> Measured:
+        return Measured((slots,), None if joins or not sums else in_zeros(jnp.float64, count))
+
+    def in_zeros(dtype: Any, *shape: int) -> Array:
+        with jax.enable_x64(True):
+            return jnp.zeros(shape, dtype)
+
     if all(0 in leaf.shape for leaf in leaves):
-        nothing = jnp.full((norm.slots[len(seen)], count), identity(op), acc)
-        return Measured((nothing,), _zeros(count) if isinstance(norm, SumNorm) and acc == jnp.float32 else None)
+        return in_slots(jnp.full((norm.slots[len(seen)], count), identity(op), acc))
 
     def merged(arrays: list[Array], alone: bool = False) -> list[Rows]:
         return rows_of(arrays, groups, on_mesh, alone)
 
     # The cast to `acc` stands in the function that adds up. Outside, the wide array would be made: for 24 million
     # bfloat16 elements the norm took 47 ms with it, and takes 1 ms.
-    def slot_by_slot(arrays: list[Array], limit: int = SHORT, alone: bool = False) -> Measured:
+    def slot_by_slot(arrays: list[Array], seen: Seen, limit: int = SHORT, alone: bool = False) -> Measured:
         rows, limit = merged(arrays, alone), 0 if on_mesh else limit  # a compensated sum would gather
         terms = [norm.terms(jnp, parts(row.array, acc), tuple(entries(s, row) for s in seen)) for row in rows]
-        slots = jnp.stack([_slot(each, rows, count, acc, op, limit) for each in zip(*terms, strict=True)])
-        return Measured((slots,), _zeros(count) if sums else None)
+        return in_slots(jnp.stack([_slot(each, rows, count, acc, op, limit) for each in zip(*terms, strict=True)]))
 
-    def by_largest(arrays: list[Array], alone: bool = False) -> Measured:
+    def by_largest(arrays: list[Array], seen: Seen, alone: bool = False) -> Measured:
         rows = merged(arrays, alone)
-        return Measured((jnp.stack(norm.terms(jnp, (largest(rows, count, acc),), ())),))
+        return in_slots(jnp.stack(norm.terms(jnp, (largest(rows, count, acc),), ())))
 
-    def summed(arrays: list[Array], alone: bool = False, wide: bool = True, quick: bool = False) -> Measured:
+    def summed(
+        arrays: list[Array], seen: Seen, alone: bool = False, wide: bool = True, quick: bool = False
+    ) -> Measured:
         assert isinstance(norm, SumNorm)
         rows = merged(arrays, alone)
-        if wide:
-            bins, total = plain_sums.in_float64(norm, rows, count, quick)
-        else:
-            bins, total = plain_sums.in_float32(norm, rows, count), _zeros(count)
-        if not isinstance(norm, RmsNorm):
-            return Measured((bins,), total)
-        number = alike(1.0, rows, count, acc)
+        number = alike(1.0, rows, count, acc) if isinstance(norm, RmsNorm) else None
+        if not wide:
+            bins = plain_sums.in_float32(norm, rows, count)
+            return in_slots(bins if number is None else jnp.concatenate([bins, number[None]]))
+        total = plain_sums.in_float64(norm, rows, count, quick)
+        if joins:
+            return Measured((plain_sums.in_bins(norm, total, number),))
         with jax.enable_x64(True):
-            mean = total / jnp.maximum(number, 1).astype(total.dtype)
-        return Measured((jnp.concatenate([bins, number[None]]),), mean)
+            total = total if number is None else total / jnp.maximum(number, 1).astype(total.dtype)
+        return Measured((in_zeros(acc, norm.slots[0], count),), total)
 
-    def chosen(ways: dict[str, Callable[[list[Array]], Measured]], default: Callable[..., Measured]) -> Measured:
+    def chosen(ways: dict[str, Callable[..., Measured]], default: Callable[..., Measured]) -> Measured:
         on_gpu = with_(ways.pop("gpu", default), alone=True)
-        return by_platform(arrays, **ways, cuda=on_gpu, rocm=on_gpu, default=default)
+        return by_platform(arrays, seen, **ways, cuda=on_gpu, rocm=on_gpu, default=default)
 
-    sums = isinstance(norm, SumNorm) and acc == jnp.float32
     if op == "max" and not any(dtype_name(x).startswith("complex") for x in leaves):
         return chosen({}, by_largest)
     if op != "sum":
@@ -102,11 +113,6 @@ def partial(leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> 
     # Of many groups, one will be all zeros, and is taken for what lacks bits.
     elsewhere = slot_by_slot if on_mesh or groups.kept else with_(summed, wide=False)
     return chosen({"cpu": with_(summed, quick=quick), "gpu": summed}, elsewhere)
-
-
-def _zeros(count: int) -> Array:
-    with jax.enable_x64(True):
-        return jnp.zeros((count,), jnp.float64)
 
 
 def _slot(terms: Sequence[Any], rows: list[Rows], count: int, acc: Any, op: ReduceOp, limit: int) -> Array:
