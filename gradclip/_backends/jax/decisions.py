@@ -86,7 +86,8 @@ def _at_once(run: Callable[..., T], given: tuple[Any, ...]) -> T:
         first: Array = jax.tree.leaves(given)[0]
         return first[(0,) * first.ndim]
 
-    if any(varying(x) or may_be_sharded(x) for x in jax.tree.leaves(given)):  # the loop's types would have to tell
+    # In the types of a loop it would have to be told how numbers vary over devices.
+    if any(x.size == 0 or varying(x) or may_be_sharded(x) for x in jax.tree.leaves(given)):
         return run(*given)
     once = jax.jit(run, inline=True)  # traced once
     zeros, nothing = (
@@ -123,7 +124,10 @@ def decided(
     in_general = partial(_in_general, backend, norm, groups, settled)
 
     def in_float64(measured: Measured, bounds: Bounds) -> Verdict:
-        with jax.enable_x64(True), jax.disable_jit():  # else JAX traces each step of the policy as a function of its own
+        with (
+            jax.enable_x64(True),
+            jax.disable_jit(),
+        ):  # else JAX traces each step of the policy as a function of its own
             wide = Bounds(*(None if x is None else _wide(x) for x in bounds))
             return _plain(_InFloat64().decided(norm, measured, wide, groups, **settled), groups)
 

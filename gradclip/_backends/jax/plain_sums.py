@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,10 @@ from gradclip._types import Array
 
 _R = RANGES["float32"]
 
+#: From here on XLA's CPU compiler adds up by calls to a library. Below, a sum has two or three kernels of its own, of
+#: 20 ms each to compile.
+_LONG = 4096
+
 #: Up to here the sum in float64 is as fast as one in float32: of 2e5 elements on 2 cores 69 us, and 64.
 _SMALL = 1 << 18
 
@@ -29,14 +34,14 @@ def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Arra
     with `quick`, long leaves are tried with a plain sum, and take more only where one left the safe range. To look
     takes 0.1 ms. GPUs wait for the host at a condition, and are fast enough without.
     """
-    arrays = {i: row.array for i, row in enumerate(rows)}
+    arrays = {i: _long(row) if quick else row.array for i, row in enumerate(rows)}
 
     def sums(arrays: dict[int, Array], acc: Any = jnp.float64) -> dict[int, Array]:
         return {i: _sum(norm, acc, 0, rows[i].axis, x).astype(jnp.float64) for i, x in arrays.items()}
 
     one_each = {i for i, row in enumerate(rows) if len(row.owners) == 1 or isinstance(row.owners, range)}
-    quick = quick and not _is_small(rows)
-    tried = {i: x for i, x in arrays.items() if quick and i in one_each and not is_short(x)}
+    try_plain = quick and not _is_small(rows)
+    tried = {i: x for i, x in arrays.items() if try_plain and i in one_each and not is_short(x)}
     with jax.enable_x64(True):
         found = sums(tried, jnp.float32)
         if tried and norm.binned:
@@ -58,7 +63,16 @@ def in_bins(norm: SumNorm, total: Array, number: Array | None) -> Array:
 
 
 def _is_small(rows: list[Rows]) -> bool:
-    return all(isinstance(n, int) for row in rows for n in row.array.shape) and sum(row.array.size for row in rows) <= _SMALL
+    shapes = [row.array.shape for row in rows]
+    return all(isinstance(n, int) for shape in shapes for n in shape) and sum(map(math.prod, shapes)) <= _SMALL
+
+
+def _long(row: Rows) -> Array:
+    """The elements of one group, and zeros beside where XLA would add up so few in kernels of their own."""
+    x = row.array
+    if row.axis is not None or not is_short(x) or x.size >= _LONG:
+        return x
+    return lax.pad(x.reshape(-1), np.zeros((), x.dtype), [(0, _LONG - x.size, 0)])
 
 
 def in_float32(norm: SumNorm, rows: list[Rows], count: int) -> Array:

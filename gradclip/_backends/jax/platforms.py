@@ -73,5 +73,7 @@ _choice.def_abstract_eval(lambda *flat, traced, **settled: traced.out_avals)
 ad.primitive_jvps[_choice] = _jvp
 batching.fancy_primitive_batchers[_choice] = _mapped
 for _name in _PLATFORMS:
-    mlir.register_lowering(_choice, lambda ctx, *flat, name=_name, **settled: _lowered(name, ctx, *flat, **settled), _name)
+    mlir.register_lowering(
+        _choice, lambda ctx, *flat, name=_name, **settled: _lowered(name, ctx, *flat, **settled), _name
+    )
 mlir.register_lowering(_choice, lambda ctx, *flat, **settled: _lowered(None, ctx, *flat, **settled))
