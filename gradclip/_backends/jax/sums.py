@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from jax import lax
 
 from gradclip._backends.jax import plain_sums
 from gradclip._backends.jax.arrays import may_be_sharded
