@@ -99,13 +99,12 @@ def shaped(row: Array, leaf: Array, keep: int | None) -> Array:
 def _rows(factors: Factors) -> tuple[Array, ...]:
     """Whether to keep what there is, whether to give zeros, the factor, and its shift where there are any."""
     factor, shift = factors
-    nothing, one = factor == 0, jnp.ones_like(factor)
-    live = jnp.where(nothing, one, factor)  # 0 * inf is NaN
-    return (
-        (factor == 1, nothing, live)
-        if shift is None
-        else (jnp.logical_and(factor == 1, shift == 1), nothing, live, shift)
-    )
+    with jax.disable_jit():  # see `_scaled`
+        nothing, one = factor == 0, jnp.ones_like(factor)
+        live = jnp.where(nothing, one, factor)  # 0 * inf is NaN
+        if shift is None:
+            return factor == 1, nothing, live
+        return jnp.logical_and(factor == 1, shift == 1), nothing, live, shift
 
 
 def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
@@ -145,8 +144,9 @@ def _scaled(leaf: Array, *rows: Array) -> Array:
         rows = tuple(x.reshape(()) for x in rows)
 
     def straight(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
-        product = _multiplied(leaf, *steps).astype(leaf.dtype)
-        return jnp.where(nothing, jnp.zeros_like(leaf), jnp.where(keep, leaf, product))
+        with jax.disable_jit():  # else JAX traces each step as a function of its own
+            product = _multiplied(leaf, *steps).astype(leaf.dtype)
+            return jnp.where(nothing, jnp.zeros_like(leaf), jnp.where(keep, leaf, product))
 
     def by_bits(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
         bits = leaf.view(jnp.uint16)
