@@ -50,6 +50,10 @@ def decide(
     `norms`: those of the gradients as they are, None where `bounds.norm` tells them. `wide`: whether a norm is reported
     in float64, a bool or a row of them. `params`: the norms of the parameters, where bounds are relative to them.
     """
+    if norms is not None and bounds.max_norm is None:
+        value = norms.value(xp)
+        unity, finite = Scaled(xp.ones_like(value), None), xp.isfinite(norms.mantissa)
+        return Decision(in_own_dtype(xp, value, wide), unity, unity, finite, finite)
     max_norm, divisor, unit = bounds.max_norm, bounds.divide_by, bounds.unit
     if params is not None:  # NaN stays NaN
         unit = unit.where(xp, unit.exceeds(xp, params), params)

@@ -16,7 +16,7 @@ from typing import Any
 import array_api_compat
 
 from gradclip._backends.leaf import OneLeaf, against, columns, entries, on
-from gradclip._decide import Bounds, Verdict, decide, in_own_dtype
+from gradclip._decide import Bounds, Verdict, decide
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen, identity
@@ -127,11 +127,19 @@ class Backend(OneLeaf):
             wide = self.xp.asarray(groups.each_wide, device=array_api_compat.device(like))
         xp = self.xp
         norms = self._finish(xp, norm, found) if found else None
-        if norms is not None and bounds.max_norm is None:
-            value = norms.value(xp)
-            one = xp.ones_like(value)
-            return Verdict(self._reported(in_own_dtype(xp, value, wide), wide, groups), Factors(one, None), one, one)
         params = self._finish(xp, norm, rows(n)) if relative else None
+        return self._settled(xp, norms, params, bounds, groups, nonfinite, wide)
+
+    def _settled(
+        self,
+        xp: Namespace,
+        norms: Scaled | None,
+        params: Scaled | None,
+        bounds: Bounds,
+        groups: Groups,
+        nonfinite: Nonfinite,
+        wide: Any,
+    ) -> Verdict:
         decision = decide(xp, norms, bounds, wide, nonfinite, params)
         factors = self._quotient(xp, decision.numerator, decision.denominator)
         return Verdict(self._reported(decision.norm, wide, groups), factors, decision.finite, decision.joined_finite)

@@ -16,7 +16,8 @@ from jax.experimental import checkify
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax import decisions, derivatives, eager, products, sums
 from gradclip._backends.jax.arrays import devices, guarded, is_traced, placed
-from gradclip._backends.jax.eager import Here, Later, Line, one_pass
+from gradclip._backends.jax.eager import Here, Later, Line
+from gradclip._backends.jax.sums import Measured, one_pass
 from gradclip._decide import Bounds
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -62,7 +63,7 @@ class JaxBackend(Backend):
             mantissas, exponents = np.array([host_split(x, step) for x in value], acc).T
             found = Scaled(mantissas, exponents if exponents.any() else None)
         elif isinstance(value, jax.Array) and acc == jnp.float32 and value.dtype != jnp.float64:
-            found = Scaled(self.move(value, device).astype(acc), np.zeros(value.shape, acc))  # by no hidden copy
+            found = Scaled(self.move(value, device).astype(acc), None)  # by no hidden copy
         else:
             found = super().number(value, acc, device)
         stays = is_traced(*found) or (isinstance(device, jax.Device) and not guarded())
@@ -81,14 +82,16 @@ class JaxBackend(Backend):
             return here if len(here.shares) == 1 else eager.partials(here, norm)
         direct = join is not None or _apart(leaves)  # a caller's `all_reduce` may be any code
         run = derivatives.partials if direct else _partials
-        return run(super().partials, norm, groups, join, list(leaves))
+        return run(self, norm, groups, join, list(leaves))
 
     def partial(self, leaves: Sequence[Array], norm: Norm, groups: Groups, seen: Seen) -> Array:
-        return super().partial(leaves, norm, groups, seen) if _apart(leaves) else one_pass(leaves, norm, groups, seen)
+        if _apart(leaves):
+            return super().partial(leaves, norm, groups, seen)
+        return one_pass(leaves, norm, groups, seen, True).joined[0]
 
     def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
         shape = () if keep is None else (leaf.shape[keep],)
-        return one_pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen)
+        return one_pass([leaf], norm, Groups((0,), (keep,), (shape,), (False,)), seen, True).joined[0]
 
     # -- the policy ----------------------------------------------------------------------------------------
 
@@ -102,12 +105,14 @@ class JaxBackend(Backend):
         relative: bool = False,
     ) -> Any:
         numbers = [x for bound in bounds if bound is not None for x in bound]
-        here, seen = (partials, ()) if isinstance(partials, Here) else (None, partials)
-        if is_traced(*seen, *numbers):
-            seen = seen if here is None else _partials(super().partials, norm, here.groups, None, here.leaves)
-            return _decide(self, norm, seen, bounds, groups, nonfinite, relative)
+        here = partials if isinstance(partials, Here) else None
+        measured = partials if isinstance(partials, Measured) else Measured(() if here else partials)
+        if is_traced(*jax.tree.leaves(measured), *numbers):
+            if here is not None:
+                measured = _partials(self, norm, here.groups, None, here.leaves)
+            return _decide(self, norm, measured, bounds, groups, nonfinite, relative)
         line = Line(self, norm, here and here.groups, groups, nonfinite, relative)
-        return Later(line, seen, bounds, here)
+        return Later(line, measured, bounds, here)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
         return derivatives.finish(norm, rows)

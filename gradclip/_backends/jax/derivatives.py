@@ -8,7 +8,7 @@ and that of a factor is the relative one, d(factor) / factor (`divided` to `scal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -18,11 +18,13 @@ import numpy as np
 from jax import lax
 
 from gradclip._backends.generic import Backend
-from gradclip._backends.jax import products, reductions
+from gradclip._backends.jax import plain_sums, products, reductions
+from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.reductions import parts, reduced
+from gradclip._backends.jax.sums import Measured, measured
 from gradclip._backends.leaf import against
 from gradclip._groups import Groups
-from gradclip._norms import Norm, Seen
+from gradclip._norms import Norm, RmsNorm, Seen, SumNorm
 from gradclip._scaled import Factors, Scaled, quotient
 from gradclip._types import Array
 
@@ -30,14 +32,34 @@ _XP = Backend(jnp)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def partials(measure: Callable[..., Seen], norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Seen:
-    """The partial of every pass, joined."""
-    return measure(leaves, norm, groups, join)
+def partials(backend: Backend, norm: Norm, groups: Groups, join: Any, leaves: list[Array]) -> Measured:
+    """`sums.measured`."""
+    return measured(backend, norm, groups, join, leaves)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def whole(norm: Norm, found: Measured) -> Seen:
+    """The partials, also where the total stands in their place."""
+
+    def of_total(found: Measured) -> Seen:
+        assert isinstance(norm, SumNorm)
+        number = jnp.ones_like(found.joined[0][0]) if isinstance(norm, RmsNorm) else None
+        return (plain_sums.in_bins(norm, found.total, number),)
+
+    if found.total is None:
+        return found.joined
+    return by_platform(found, cpu=of_total, cuda=of_total, rocm=of_total, default=lambda found: found.joined)
+
+
+@whole.defjvp
+def _whole_jvp(norm: Norm, primals: Any, tangents: Any) -> Any:
+    return whole(norm, *primals), tangents[0].joined
 
 
 @partials.defjvp
-def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
-    joined = partials(measure, norm, groups, join, *primals)
+def _partials_jvp(backend: Backend, norm: Norm, groups: Groups, join: Any, primals: Any, tangents: Any) -> Any:
+    found = partials(backend, norm, groups, join, *primals)
+    joined = whole(norm, found)
     acc, count = joined[-1].dtype, joined[-1].shape[1]
     ends = finish(norm, tuple(x[:, :count] for x in joined))
     owners = [range(i, i + groups.lengths[k]) for i, k in zip(groups.base, groups.block, strict=True)]
@@ -64,7 +86,8 @@ def _partials_jvp(measure: Any, norm: Norm, groups: Groups, join: Any, primals: 
     if ties[0] is not None:  # several elements that share the extreme magnitude get a part each
         slope = slope / jnp.maximum(total(ties), 1)
     last = jnp.concatenate([ends.over(jnp, slope)[None], jnp.zeros_like(joined[-1][1:])])
-    return joined, (*map(jnp.zeros_like, joined[:-1]), last)
+    zeros = jax.tree.map(jnp.zeros_like, found)
+    return found, zeros._replace(joined=(*zeros.joined[:-1], last))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -98,7 +121,7 @@ def divided(bound: Scaled, norm: Scaled) -> Factors:
 
     if norm.exponent is None and bound.exponent is None:
         return at_once(bound, norm)
-    return lax.platform_dependent(bound, norm, cpu=on_condition, default=at_once)
+    return by_platform(bound, norm, cpu=on_condition, default=at_once)
 
 
 @divided.defjvp

@@ -19,6 +19,7 @@ import numpy as np
 
 from gradclip._backends.generic import Backend
 from gradclip._backends.jax import decisions, products, reductions, sums
+from gradclip._backends.jax.sums import Measured
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, Seen
@@ -86,11 +87,8 @@ def home(arrays: Sequence[Array]) -> Any:
 _kind, _place = attrgetter("shape", "dtype"), attrgetter("sharding")
 
 
-one_pass = jax.jit(sums.partial, static_argnums=(1, 2), inline=True)
-
-
 def _of_share(norm: Norm, seen: Seen, leaves: list[Array], groups: Groups) -> Array:
-    return one_pass(leaves, norm, groups, seen)
+    return sums.one_pass(leaves, norm, groups, seen, True).joined[0]
 
 
 def partials(here: Here, norm: Norm) -> Seen:
@@ -127,9 +125,9 @@ class Later:
     `seen`: the partials, where they are known; else `here` are the leaves that are measured.
     """
 
-    def __init__(self, line: Line, seen: Seen, bounds: Bounds, here: Here | None) -> None:
+    def __init__(self, line: Line, seen: Measured, bounds: Bounds, here: Here | None) -> None:
         self._line, self._seen, self._bounds, self.here = line, seen, bounds, here
-        self.device = home(seen) if here is None else here.device
+        self.device = home(seen.joined) if here is None else here.device
 
     @cached_property
     def found(self) -> Verdict:
@@ -186,9 +184,9 @@ def weighted(groups: Groups, leaves: list[Array], factors: Factors) -> list[Arra
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _run(line: Line, count: int, seen: Seen, arrays: list[Array], bounds: Bounds) -> Any:
+def _run(line: Line, count: int, seen: Measured, arrays: list[Array], bounds: Bounds) -> Any:
     """The verdict; or what is made of the first `count` arrays, and the norms."""
     if line.measured is not None:
-        seen = Backend.partials(line.backend, arrays, line.norm, line.measured, None)
+        seen = sums.measured(line.backend, line.norm, line.measured, None, arrays)
     found = decisions.decided(line.backend, line.norm, seen, bounds, line.groups, line.nonfinite, line.relative)
     return found if line.end is None else (line.end(line.groups, arrays[:count], found.factors), found.norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -18,32 +19,70 @@ from gradclip._types import Array
 
 _R = RANGES["float32"]
 
+#: From here on XLA's CPU compiler adds up by calls to a library. Below, a sum has two or three kernels of its own, of
+#: 20 ms each to compile.
+_LONG = 4096
+
+#: Up to here all is added up in float64 at once, which compiles faster. It takes up to 20 us more on 2 cores.
+_SMALL = 1 << 16
+
 
 def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Array:
-    """The bins of rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled.
+    """Rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled.
 
     That needs no bins. 25 million elements on 2 cores: 5 to 8 ms, the plain sum in float32 3 ms, in bins 102 ms. So
     with `quick`, long leaves are tried with a plain sum, and take more only where one left the safe range. To look
     takes 0.1 ms. GPUs wait for the host at a condition, and are fast enough without.
     """
-    arrays = {i: row.array for i, row in enumerate(rows)}
+    arrays = {i: _long(row) if quick else row.array for i, row in enumerate(rows)}
 
     def sums(arrays: dict[int, Array], acc: Any = jnp.float64) -> dict[int, Array]:
-        return {i: _sum(norm, acc, 0, rows[i].axis, x).astype(jnp.float64) for i, x in arrays.items()}
+        return {i: _sum(norm, acc, 0, rows[i].axis, x) for i, x in arrays.items()}
 
     one_each = {i for i, row in enumerate(rows) if len(row.owners) == 1 or isinstance(row.owners, range)}
-    tried = {i: x for i, x in arrays.items() if quick and i in one_each and not is_short(x)}
+    try_plain = quick and not _is_small(rows)
+    tried = {i: x for i, x in arrays.items() if try_plain and i in one_each and not is_short(x)}
     with jax.enable_x64(True):
-        found = sums(tried, jnp.float32)
-        if tried and norm.binned:
-            safe = _safe(jnp.concatenate(list(found.values())))
-            found = lax.cond(safe, lambda tried, found: found, lambda tried, found: sums(tried), tried, found)
+        plain = sums(tried, jnp.float32)
+        found = {i: x.astype(jnp.float64) for i, x in plain.items()}
+        if (
+            tried and norm.binned
+        ):  # from where nothing was lost come zeros: numbers would be made by kernels of their own
+            safe = _safe(jnp.concatenate(list(plain.values())))
+            exact = lax.cond(
+                safe,
+                lambda tried, found: jax.tree.map(jnp.zeros_like, found),
+                lambda tried, found: sums(tried),
+                tried,
+                found,
+            )
+            found = {i: jnp.where(exact[i] > 0, exact[i], x) for i, x in found.items()}
         found |= sums({i: x for i, x in arrays.items() if i not in tried})
-        total = _joined(found, rows, count, limit=0)
+        return _joined(found, rows, count, limit=0)
+
+
+def in_bins(norm: SumNorm, total: Array, number: Array | None) -> Array:
+    """The partial that such sums stand for. `number`: of the elements, for a mean."""
+    with jax.enable_x64(True):
         if norm.binned:
-            return norm.in_bins(jnp, total)
-        nothing = jnp.zeros_like(total)  # a norm without bins looks into the middle one only, for NaN too
-        return jnp.stack([nothing, total, nothing]).astype(jnp.float32)
+            bins = norm.in_bins(jnp, total)
+        else:
+            nothing = jnp.zeros_like(total)  # a norm without bins looks into the middle one only, for NaN too
+            bins = jnp.stack([nothing, total, nothing]).astype(jnp.float32)
+    return bins if number is None else jnp.concatenate([bins, number[None]])
+
+
+def _is_small(rows: list[Rows]) -> bool:
+    shapes = [row.array.shape for row in rows]
+    return all(isinstance(n, int) for shape in shapes for n in shape) and sum(map(math.prod, shapes)) <= _SMALL
+
+
+def _long(row: Rows) -> Array:
+    """The elements of one group, and zeros beside where XLA would add up so few in kernels of their own."""
+    x = row.array
+    if row.axis is not None or not is_short(x) or x.size >= _LONG:
+        return x
+    return lax.pad(x.reshape(-1), np.zeros((), x.dtype), [(0, _LONG - x.size, 0)])
 
 
 def in_float32(norm: SumNorm, rows: list[Rows], count: int) -> Array:

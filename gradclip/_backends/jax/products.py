@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from gradclip._backends.jax.arrays import may_be_sharded, spread, whole
+from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.rows import stacks as stacked
 from gradclip._backends.leaf import against
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
@@ -98,13 +99,12 @@ def shaped(row: Array, leaf: Array, keep: int | None) -> Array:
 def _rows(factors: Factors) -> tuple[Array, ...]:
     """Whether to keep what there is, whether to give zeros, the factor, and its shift where there are any."""
     factor, shift = factors
-    nothing, one = factor == 0, jnp.ones_like(factor)
-    live = jnp.where(nothing, one, factor)  # 0 * inf is NaN
-    return (
-        (factor == 1, nothing, live)
-        if shift is None
-        else (jnp.logical_and(factor == 1, shift == 1), nothing, live, shift)
-    )
+    with jax.disable_jit():  # see `_scaled`
+        nothing, one = factor == 0, jnp.ones_like(factor)
+        live = jnp.where(nothing, one, factor)  # 0 * inf is NaN
+        if shift is None:
+            return factor == 1, nothing, live
+        return jnp.logical_and(factor == 1, shift == 1), nothing, live, shift
 
 
 def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]:
@@ -130,7 +130,7 @@ def scaled(groups: Groups, leaves: list[Array], factors: Factors) -> list[Array]
     rows = _rows(factors)
     if factors.factor.size <= FEW or groups.kept or any(map(may_be_sharded, leaves)):
         return one_by_one(leaves, *rows)
-    return lax.platform_dependent(leaves, *rows, cpu=in_stacks, default=one_by_one)
+    return by_platform(leaves, *rows, cpu=in_stacks, default=one_by_one)
 
 
 @jax.jit
@@ -144,8 +144,9 @@ def _scaled(leaf: Array, *rows: Array) -> Array:
         rows = tuple(x.reshape(()) for x in rows)
 
     def straight(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
-        product = _multiplied(leaf, *steps).astype(leaf.dtype)
-        return jnp.where(nothing, jnp.zeros_like(leaf), jnp.where(keep, leaf, product))
+        with jax.disable_jit():  # else JAX traces each step as a function of its own
+            product = _multiplied(leaf, *steps).astype(leaf.dtype)
+            return jnp.where(nothing, jnp.zeros_like(leaf), jnp.where(keep, leaf, product))
 
     def by_bits(leaf: Array, keep: Array, nothing: Array, *steps: Array) -> Array:
         bits = leaf.view(jnp.uint16)
@@ -154,7 +155,7 @@ def _scaled(leaf: Array, *rows: Array) -> Array:
 
     if leaf.dtype != jnp.bfloat16 or rows[2].dtype != jnp.float32:
         return straight(leaf, *rows)
-    return lax.platform_dependent(leaf, *rows, cpu=by_bits, default=straight)
+    return by_platform(leaf, *rows, cpu=by_bits, default=straight)
 
 
 def _multiplied(x: Array, factor: Array, shift: Array | None = None) -> Array:
@@ -207,25 +208,27 @@ def weighted(leaves: list[Array], factors: Factors) -> list[Array]:
         return rounded(lax.fori_loop(0, (n - first) // _AT_ONCE, body, some(0, first, leaves)))
 
     def by_dot(leaves: list[Array], *rows: Array) -> list[Array]:
-        over = (((0,), (0,)), ((), ()))
+        over, factor = (((0,), (0,)), ((), ())), rows[1]
         steps = [jnp.broadcast_to(factor, len(x)).astype(x.dtype) for x in leaves]
         each = zip(steps, leaves, strict=True)
         return rounded(lax.dot_general(step, x, over, precision=lax.Precision.HIGHEST) for step, x in each)
 
-    def on_cpu(leaves: list[Array], *rows: Array) -> list[Array]:
+    def on_cpu(leaves: list[Array], factors: Factors) -> list[Array]:
+        factor, (_, *rows) = factors.factor, _rows(factors)
         if any(np.result_type(x.dtype, factor.dtype) != x.dtype for x in leaves):  # a cast would be written out
             return in_a_loop(leaves, *rows)
         ones = [step == 1 for step in (factors.shift,) if step is not None]
         plain = jnp.all(reduce(jnp.logical_and, ones, factor != 0))
         return lax.cond(plain, by_dot, in_a_loop, leaves, *rows)
 
-    factor = factors.factor
-    _, *rows = _rows(factors)
+    def elsewhere(leaves: list[Array], factors: Factors) -> list[Array]:
+        return at_once(leaves, *_rows(factors)[1:])
+
     if not leaves:
         return []
     if len(leaves[0]) <= _AT_ONCE or any(map(may_be_sharded, leaves)):
-        return at_once(leaves, *rows)
-    return lax.platform_dependent(leaves, *rows, cpu=on_cpu, default=at_once)
+        return elsewhere(leaves, factors)
+    return by_platform(leaves, factors, cpu=on_cpu, default=elsewhere)
 
 
 def _normal(x: Array, dtype: Any) -> Array:

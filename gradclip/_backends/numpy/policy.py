@@ -16,7 +16,7 @@ import numpy as np
 
 from gradclip._backends import expressions as xp
 from gradclip._backends.expressions import Expression, Printed
-from gradclip._decide import Bounds, decide, in_own_dtype
+from gradclip._decide import Bounds, decide
 from gradclip._norms import Norm
 from gradclip._scaled import Scaled, quotient
 from gradclip._types import Nonfinite
@@ -27,8 +27,6 @@ Sort = bool | None
 
 def numbers(bounds: Bounds) -> tuple[tuple[Sort, ...], list[Any]]:
     """The sorts of the bounds, and their mantissas and exponents in a row."""
-    if bounds.max_norm is None:
-        return (None,) * len(bounds), []
     sorts = tuple([None if x is None else x.exponent is not None for x in bounds])
     return sorts, [number for x in bounds if x is not None for number in x if number is not None]
 
@@ -41,7 +39,7 @@ def verdict(
     numbers of the bounds, and, where `wide` is not known, that.
 
     It gives the norm as it is reported, the factor, the shift, and whether the norm is finite, here and on all shards.
-    No norm: a bound tells it. No bounds: only the norm.
+    No norm: a bound tells it.
     """
     names: list[str] = []
 
@@ -60,14 +58,10 @@ def verdict(
         for name, sort in zip(Bounds._fields, sorts, strict=True)
     ]
     is_wide: Any = new("wide", "bool") if wide is None else wide
-    one, true = xp.number(1.0), Expression("True", dtype="bool")
-    if given[0] is None:
-        assert norms is not None
-        results = [in_own_dtype(xp, norms.value(xp), is_wide), one, one, true, true]
-    else:
-        decision = decide(xp, norms, Bounds(*given), is_wide, nonfinite, params)
-        factor, shift = quotient(xp, decision.numerator, decision.denominator)
-        results = [decision.norm, factor, one if shift is None else shift, decision.finite, decision.joined_finite]
+    decision = decide(xp, norms, Bounds(*given), is_wide, nonfinite, params)
+    factor, shift = quotient(xp, decision.numerator, decision.denominator)
+    shift = xp.number(1.0) if shift is None else shift
+    results = [decision.norm, factor, shift, decision.finite, decision.joined_finite]
     body = _Python()
     returned = ", ".join(map(body.name, results))
     lines = [f"def verdict({', '.join(names)}):", *body.once, f"return {returned}"]
