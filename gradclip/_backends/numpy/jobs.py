@@ -60,7 +60,10 @@ def jobs_of(leaves: Sequence[Array], base: Sequence[int], groups: Groups) -> lis
     leaves = asked(leaves)
     apart, mixed, sizes = groups.count > 1, any(groups.wide) and not all(groups.wide), leaves.sizes
     if not mixed and leaves.dtype is not None and leaves.longest <= _SMALL and 0 not in sizes:
-        cuts = _cuts(list(map(padded, sizes)) if apart else sizes)
+        lengths = list(map(padded, sizes)) if apart else sizes
+        if sum(lengths) <= CHUNK:
+            return [Job(leaves, base, groups.wide[0])]
+        cuts = _cuts(lengths)
         return [Job(leaves[i:j], base[i:j], groups.wide[0]) for i, j in pairwise(cuts)]
     jobs: list[Job] = []
     is_open: dict[Any, Job] = {}
@@ -84,8 +87,6 @@ def jobs_of(leaves: Sequence[Array], base: Sequence[int], groups: Groups) -> lis
 def _cuts(sizes: Sequence[int]) -> list[int]:
     """Where to cut a row of small leaves, so that each piece is a chunk together, or less."""
     ends = list(accumulate(sizes))
-    if ends[-1] <= CHUNK:
-        return [0, len(sizes)]
     return [*(bisect_left(ends, n) for n in range(0, ends[-1], CHUNK - _LITTLE)), len(sizes)]
 
 

@@ -117,10 +117,12 @@ def _dot_rows(x: Array) -> float:
 
     Within 1e-7 (float32) of the exact norm for any number of elements.
     """
-    whole = x.size - x.size % (row(x.dtype.type) or 1)
-    rest = x[whole:]
-    total = float(np.dot(rest, rest)) if rest.size else 0.0
-    return total + float(np.add.reduce(_of_rows(x[:whole]))) if whole else total
+    n, total = x.size, 0.0
+    odd = n % (row(x.dtype.type) or 1)
+    if odd:
+        rest, x = x[n - odd :], x[: n - odd]
+        total = float(np.dot(rest, rest))
+    return total + float(np.add.reduce(_of_rows(x))) if x.size else total
 
 
 def _of_rows(x: Array) -> Array:
