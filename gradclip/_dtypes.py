@@ -44,17 +44,21 @@ def fits(name: str, acc: Any) -> bool:
 
 def samples(values: Sequence[Any]) -> Sequence[int]:
     """In order, the first value of every kind, a kind being a type and a dtype. A thousand of one kind take 50 us."""
+    if not values:
+        return ()
     try:
         kinds: Sequence[Any] = list(map(_dtype, values))
     except AttributeError:  # no array
         kinds = [getattr(x, "dtype", None) for x in values]
-    if len(set(map(type, values))) > 1:  # dtypes of two libraries may be equal, or warn when they are compared
+    if len(set(map(type, values))) == 1:
+        if kinds.count(kinds[0]) == len(kinds):
+            return (0,)
+    else:  # dtypes of two libraries may be equal, or warn when they are compared
         kinds = list(zip(map(type, values), kinds, strict=True))
     try:
-        different = set(kinds)
+        return sorted(map(kinds.index, set(kinds)))
     except TypeError:  # a dtype that is no array's
         return range(len(kinds))
-    return (0,) if len(different) == 1 else sorted(map(kinds.index, different))
 
 
 _dtype = attrgetter("dtype")

@@ -36,9 +36,9 @@ class Leaves(list[Any]):
         super().__init__(leaves)
         self.sizes: list[int] = list(map(_size, self))
         self.longest = max(self.sizes, default=0)
-        dtypes = set(map(_dtype, self))
+        dtypes = list(map(_dtype, self))
         #: That of all leaves, None where they have several, or none.
-        self.dtype: Any = dtypes.pop() if len(dtypes) == 1 else None
+        self.dtype: Any = dtypes[0] if dtypes and dtypes.count(dtypes[0]) == len(dtypes) else None
 
 
 def asked(leaves: Sequence[Array]) -> Leaves:
