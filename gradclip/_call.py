@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import array_api_compat
-
 from gradclip import _arguments
 from gradclip._backends.generic import Backend
 from gradclip._decide import Bounds, Verdict
@@ -99,8 +97,7 @@ def settled(given: Given) -> Verdict:
         leaves, measured = [*leaves, *given.params], groups.beside()
     bounds = given.bounds
     if bounds.max_norm is not None:
-        acc, home = backend.accumulation(leaves), array_api_compat.device(leaves[0]) if leaves else None
-        bounds = Bounds(*[None if x is None else backend.number(x, acc, home) for x in bounds])
+        bounds = backend.bounds(bounds, leaves)
     partials: Seen = ()
     if bounds.norm is None:
         measured, join = (measured, None) if shards is None else (shards.measured, shards.join)

@@ -376,7 +376,7 @@ def test_the_policy_of_one_group_is_that_of_many(p, binned, given, nonfinite):
     one, two = Groups((0,), (None,), ((),), (False,)), Groups((0, 1), (None, None), ((), ()), (False, False))
     for _ in range(40):
         numbers = {name: draw.choice(EDGES) for name in ("max_norm", *given)}
-        bounds = Bounds(**{name: backend.number(x, np.float64, None) for name, x in numbers.items()})
+        bounds = backend.bounds(Bounds(**numbers), [])
         slots = [np.array([[draw.choice(EDGES)] for _ in range(n)]) for n in norm.slots]
         for x in slots:
             x[:1], x[2:] = 0.0, np.where(x[2:] < 4, np.floor(x[2:]), 0.0)  # a middle bin, counts and flags

@@ -41,11 +41,16 @@ class Backend(OneLeaf):
                 return xp.float32
         return xp.float64
 
-    def number(self, value: Any, acc: Any, device: Any) -> Scaled:
+    def bounds(self, given: Bounds, leaves: Sequence[Array]) -> Bounds:
+        """What a call is given beside the gradients, as numbers that go with the leaves."""
+        acc, home = self.accumulation(leaves), array_api_compat.device(leaves[0]) if leaves else None
+        return Bounds(*[None if x is None else self._number(x, acc, home) for x in given])
+
+    def _number(self, value: Any, acc: Any, device: Any) -> Scaled:
         """A float or an array, in or beyond the range of `acc`; or a row of them, given as a list."""
         xp, wide = self.xp, acc == self.xp.float64
         if isinstance(value, list):
-            known = {id(x): self.number(x, acc, device) for x in value}
+            known = {id(x): self._number(x, acc, device) for x in value}
             numbers = [known[id(x)] for x in value]
             plain = all(e is None for _, e in numbers)
             exponents = None if plain else self._row([xp.zeros_like(m) if e is None else e for m, e in numbers])

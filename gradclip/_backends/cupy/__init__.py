@@ -61,7 +61,7 @@ class CupyBackend(Backend):
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         return cupy.float64
 
-    def number(self, value: Any, acc: Any, device: Any) -> Scaled:
+    def _number(self, value: Any, acc: Any, device: Any) -> Scaled:
         return bounds_of.number(value, device)
 
     # -- norms ---------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class CupyBackend(Backend):
         try:
             kernel = compiler.compiled(programs.settle(norm if partials else None), "gradclip_settle", "--fmad=false")
         except NotCompiled:
-            bounds = Bounds(*(x and Backend.number(self, x.mantissa, cupy.float64, None) for x in bounds))
+            bounds = Bounds(*(x and Backend._number(self, x.mantissa, cupy.float64, None) for x in bounds))
             return super().decide(norm, partials, bounds, groups, nonfinite, relative)
         n, one = groups.count, Scaled(1.0, None)
         given = *argument(bounds.max_norm or one), *argument(bounds.divide_by or one), *argument(bounds.unit or one)

@@ -54,7 +54,7 @@ class JaxBackend(Backend):
             return x
         return placed(x, device)
 
-    def number(self, value: Any, acc: Any, device: Any) -> Scaled:
+    def _number(self, value: Any, acc: Any, device: Any) -> Scaled:
         step = RANGES["float64" if acc is jnp.float64 else "float32"].step
         if isinstance(value, float) and acc is jnp.float32:
             mantissa, exponent = host_split(value, step)
@@ -65,7 +65,7 @@ class JaxBackend(Backend):
         elif isinstance(value, jax.Array) and acc == jnp.float32 and value.dtype != jnp.float64:
             found = Scaled(self.move(value, device).astype(acc), None)  # by no hidden copy
         else:
-            found = super().number(value, acc, device)
+            found = super()._number(value, acc, device)
         stays = is_traced(*found) or (isinstance(device, jax.Device) and not guarded())
         return found if stays else placed(found, device)
 

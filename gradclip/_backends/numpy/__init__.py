@@ -49,17 +49,20 @@ class NumpyBackend(Backend):
     def move(self, x: Array, device: Any) -> Array:
         return x
 
-    def number(self, value: Any, acc: Any, device: Any) -> Scaled:
+    def bounds(self, given: Bounds, leaves: Sequence[Array]) -> Bounds:
+        return Bounds(*[None if x is None else self._number(x, np.float64, None) for x in given])
+
+    def _number(self, value: Any, acc: Any, device: Any) -> Scaled:
         if not isinstance(value, list):
             value = float(value)
             return (
-                super().number(value, acc, device)
+                super()._number(value, acc, device)
                 if 0 < value < sys.float_info.min
                 else Scaled(np.float64(value), None)
             )
         row = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in value])
         subnormal = (row > 0) & (row < np.finfo(np.float64).tiny)
-        return super().number(row.tolist(), acc, device) if subnormal.any() else Scaled(row, None)
+        return super()._number(row.tolist(), acc, device) if subnormal.any() else Scaled(row, None)
 
     def _full(self, value: float, dtype: Any, device: Any) -> Array:
         return np.dtype(dtype).type(value)
