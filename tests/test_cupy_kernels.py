@@ -98,7 +98,7 @@ def random_tree(seed: int, names: list[str], devices: int = 1) -> tuple[list[Any
 
 def as_oracle(patch: pytest.MonkeyPatch) -> None:
     """From here on, CuPy arrays are clipped by the generic backend."""
-    for name in ("number", "partials", "partial", "decide", "scale", "weighted_sum"):
+    for name in ("_number", "partials", "partial", "decide", "scale", "weighted_sum"):
         patch.setattr(backend.CupyBackend, name, getattr(Backend, name))
 
 
