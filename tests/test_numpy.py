@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -359,6 +360,33 @@ def test_a_leaf_whose_own_elements_share_memory_is_scaled_once(size, limit):
     norm = float(gradclip.clip_grad_norm_([window], 0.5))
     assert math.isclose(norm, math.sqrt(2 * math.fsum(before**2) - before[0] ** 2 - before[-1] ** 2), rel_tol=1e-15)
     np.testing.assert_allclose(x, before * (0.5 / norm), rtol=1e-15)
+
+
+def test_the_same_list_may_have_changed_since_the_last_call():
+    tree = [np.full(4, 3, np.float32), np.full(4, 4, np.float32)]
+    assert float(gradclip.clip_grad_norm_(tree, 1.0)) == 10
+    tree[1].flags.writeable = False
+    before = [x.copy() for x in tree]
+    with pytest.raises(gradclip.LeafError, match=r"grads\[1\] is a read-only array"):
+        gradclip.clip_grad_norm_(tree, 0.5)
+    assert [x.tobytes() for x in tree] == [x.tobytes() for x in before]
+    tree[1] = np.full((2, 2), 4.0)
+    norm = gradclip.global_norm(tree)
+    assert norm.dtype == np.float64
+    exact.check_norm(norm, exact.norm(tree), "float64")
+    tree[1] = np.full(8, 1, np.int32)
+    with pytest.raises(gradclip.LeafError, match=r"grads\[1\] is an array of dtype int32"):
+        gradclip.global_norm(tree)
+
+
+@pytest.mark.parametrize("shape", [(8,), (1024,), (300, 512)])
+def test_no_array_is_kept_alive(shape):
+    tree = [np.ones(shape, np.float32) for _ in range(3)]
+    dead = [weakref.ref(x) for x in tree]
+    gradclip.clip_grad_norm_(tree, 1.0)
+    gradclip.global_norm(tree)
+    del tree
+    assert [x() for x in dead] == [None] * 3
 
 
 EDGES = [0.0, 5e-324, 1e-310, 1e-160, 0.3, 1.0, 3.5, 1e20, 1e160, 1.7e308, math.inf, math.nan]
