@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -83,3 +85,24 @@ def test_sharded_norms_are_exact(mesh: Any, dtype: str) -> None:
     exact.check_norm(jax.jit(gradclip.global_norm)(tree), exact.norm(host), "float32")
     for norm, x in zip(gradclip.norms(tree), host, strict=True):
         exact.check_norm(norm, exact.norm([x]), "float32")
+
+
+@pytest.mark.parametrize("vma", [True, False])
+def test_large_shards_are_clipped_exactly(vma: bool) -> None:
+    """Under `shard_map`, more elements on each device than are added up in float64 at once."""
+    mesh, rng, bound = mesh_of(("d", 4)), np.random.default_rng(1), 0.5
+    host = [np.asarray(rng.standard_normal(shape), np.float32) for shape in ((512, 320), (1024, 128), (64,))]
+    assert sum(x.size for x in host) // 4 > 1 << 16
+    out_specs = ([SHARDED] * len(host), WHOLE)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=SHARDED, out_specs=out_specs, check_vma=vma)
+    def clip(*tree: Any) -> Any:
+        found = gradclip.clip_grad_norm(list(tree), bound, all_reduce=lambda x, op: jax.lax.psum(x, "d"))
+        return found.grads, found.norm
+
+    grads, norm = clip(*host)
+    want = math.sqrt(math.fsum(float((x.astype(np.float64) ** 2).sum()) for x in host))
+    exact.check_norm(norm, want, "float32")
+    for got, x in zip(grads, host, strict=True):
+        np.testing.assert_allclose(got, x.astype(np.float64) * (bound / want), rtol=2**-21, atol=0)

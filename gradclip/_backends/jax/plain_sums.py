@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections import defaultdict
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -26,6 +27,9 @@ _LONG = 4096
 #: Up to here all is added up in float64 at once, which compiles faster. It takes up to 20 us more on 2 cores.
 _SMALL = 1 << 16
 
+#: So many leaves of one shape are added up at once where a sum is rarely taken.
+_AT_ONCE = 12
+
 
 def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Array:
     """Rows of up to 32 bits, added up in float64, which JAX has also where it is not enabled.
@@ -37,7 +41,7 @@ def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Arra
     arrays = {i: _long(row) if quick else row.array for i, row in enumerate(rows)}
 
     def sums(arrays: dict[int, Array], acc: Any = jnp.float64) -> dict[int, Array]:
-        return {i: _sum(norm, acc, 0, rows[i].axis, x) for i, x in arrays.items()}
+        return {i: _sum(norm, acc, 0, rows[i].axis, [x]) for i, x in arrays.items()}
 
     one_each = {i for i, row in enumerate(rows) if len(row.owners) == 1 or isinstance(row.owners, range)}
     try_plain = quick and not _is_small(rows)
@@ -89,9 +93,14 @@ def in_float32(norm: SumNorm, rows: list[Rows], count: int) -> Array:
     """The same without float64, which TPUs lack: a second sum is of elements that are scaled up or down by group."""
 
     def joined_sums(arrays: list[Array], by: Array | None = None) -> Array:
-        each = [None if by is None else entries(by[None], row)[0] for row in rows]
-        sums = [_sum(norm, jnp.float32, SHORT, row.axis, x, y) for x, row, y in zip(arrays, rows, each, strict=True)]
-        return _joined(dict(enumerate(sums)), rows, count, len(rows))
+        batches = [[i] for i in range(len(rows))] if by is None else _alike(rows)
+        firsts = [rows[some[0]] for some in batches]
+        each = [None if by is None else entries(by[None], row)[0] for row in firsts]
+        sums = [
+            _sum(norm, jnp.float32, SHORT, row.axis, [arrays[i] for i in some], y)
+            for some, row, y in zip(batches, firsts, each, strict=True)
+        ]
+        return _joined(dict(enumerate(sums)), firsts, count, len(rows))
 
     def scaled(arrays: list[Array], plain: Array) -> Array:
         zero, one = jnp.zeros_like(plain), jnp.ones_like(plain)
@@ -117,15 +126,34 @@ def _safe(plain: Array) -> Array:
     return jnp.all(jnp.logical_and(plain >= _R.thin, plain <= _R.huge**2))
 
 
+def _alike(rows: list[Rows]) -> list[list[int]]:
+    """Long leaves of one type and one group together, by their numbers: a sum of their sums is one kernel to compile.
+
+    Of a GPT-2 on a TPU, a kernel for each leaf took longer to compile than the rest of the norm. None is copied.
+    """
+    found: dict[Any, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        alone = row.axis is not None or len(row.owners) > 1 or is_short(row.array)
+        found[i if alone else (row.owners[0], jax.typeof(row.array))].append(i)
+    return [some[i : i + _AT_ONCE] for some in found.values() for i in range(0, len(some), _AT_ONCE)]
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sum(norm: SumNorm, acc: Any, limit: int, axis: int | None, x: Array, by: Array | None = None) -> Array:
-    """The sums of the terms, as `reduced` gives them. Under a `jit` of its own it is traced once for equal leaves."""
-    these = parts(x, acc)
-    if by is not None:
-        # An array, so that every element is scaled: of (x * s) * (x * s) XLA would make x * x * (s * s).
-        one = jnp.ones_like(these[0])
-        these = tuple(part * jnp.where(jnp.abs(part) >= 0, by, one) for part in these)
-    each = [reduced(norm.term(jnp, some), "sum", limit, axis) for some in norm.apart(these)]
+def _sum(norm: SumNorm, acc: Any, limit: int, axis: int | None, arrays: list[Array], by: Array | None = None) -> Array:
+    """The sums of the terms of arrays of one shape, as `reduced` gives them. Under a `jit` of its own it is traced once
+    for equal leaves.
+    """
+
+    def terms(x: Array) -> list[Array]:
+        these = parts(x, acc)
+        if by is not None:
+            # An array, so that every element is scaled: of (x * s) * (x * s) XLA would make x * x * (s * s).
+            one = jnp.ones_like(these[0])
+            these = tuple(part * jnp.where(jnp.abs(part) >= 0, by, one) for part in these)
+        return [norm.term(jnp, some) for some in norm.apart(these)]
+
+    together = [reduce(jnp.add, same) for same in zip(*map(terms, arrays), strict=True)]
+    each = [reduced(x, "sum", limit, axis) for x in together]
     return sum(each[1:], each[0])
 
 
