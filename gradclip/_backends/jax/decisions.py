@@ -76,7 +76,7 @@ class _InFloat64(_Undifferentiated):
 def _at_once(run: Callable[..., T], given: tuple[Any, ...]) -> T:
     """`run(*given)`, which XLA's CPU compiler makes one kernel of, and computes once.
 
-    Left to itself, it makes one for each result and each step that is used twice, of 20 ms each to compile, and
+    Left to itself, it makes one for each result and each step that is used twice, of 10 to 20 ms to compile, and
     computes what is cheap again for every leaf. A loop over few numbers it keeps together, and this is one that runs
     once. The compiler does not know that: some number is as large as itself until it has run. And what is `given` is
     part of the loop's state: what does not change would be computed before.
@@ -124,10 +124,8 @@ def decided(
     in_general = partial(_in_general, backend, norm, groups, settled)
 
     def in_float64(measured: Measured, bounds: Bounds) -> Verdict:
-        with (
-            jax.enable_x64(True),
-            jax.disable_jit(),
-        ):  # else JAX traces each step of the policy as a function of its own
+        # Without `jit`, which traces each step of the policy as a function of its own.
+        with jax.enable_x64(True), jax.disable_jit():
             wide = Bounds(*(None if x is None else _wide(x) for x in bounds))
             return _plain(_InFloat64().decided(norm, measured, wide, groups, **settled), groups)
 

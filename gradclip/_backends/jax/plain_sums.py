@@ -21,10 +21,11 @@ from gradclip._types import Array
 _R = RANGES["float32"]
 
 #: From here on XLA's CPU compiler adds up by calls to a library. Below, a sum has two or three kernels of its own, of
-#: 20 ms each to compile.
+#: 10 to 20 ms each to compile.
 _LONG = 4096
 
-#: Up to here all is added up in float64 at once, which compiles faster. It takes up to 20 us more on 2 cores.
+#: Up to here all is added up in float64 at once, which compiles faster. The MLP of the benchmarks, of 235,000 elements,
+#: took 1.2 times as long to run so.
 _SMALL = 1 << 16
 
 #: So many leaves of one shape are added up at once where a sum is rarely taken.
@@ -49,9 +50,8 @@ def in_float64(norm: SumNorm, rows: list[Rows], count: int, quick: bool) -> Arra
     with jax.enable_x64(True):
         plain = sums(tried, jnp.float32)
         found = {i: x.astype(jnp.float64) for i, x in plain.items()}
-        if (
-            tried and norm.binned
-        ):  # from where nothing was lost come zeros: numbers would be made by kernels of their own
+        if tried and norm.binned:
+            # Zeros come from where nothing was lost: numbers would be made by kernels of their own.
             safe = _safe(jnp.concatenate(list(plain.values())))
             exact = lax.cond(
                 safe,
