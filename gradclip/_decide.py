@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from gradclip._scaled import Factors, Scaled
+from gradclip._scaled import Factors, Scaled, to_float32
 from gradclip._types import Array, Namespace, Nonfinite
 
 
@@ -91,5 +91,5 @@ def decide(
 def in_own_dtype(xp: Namespace, value: Array, wide: Any) -> Array:
     """Norms rounded to float32, but those that are wide: they stay in a dtype that holds them all where some are."""
     if isinstance(wide, bool):
-        return value if wide else xp.astype(value, xp.float32)
-    return xp.where(wide, value, xp.astype(xp.astype(value, xp.float32), value.dtype))
+        return value if wide else to_float32(xp, value)
+    return xp.where(wide, value, xp.astype(to_float32(xp, value), value.dtype))

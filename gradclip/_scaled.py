@@ -126,6 +126,15 @@ def rounded(value: float, like: Array) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
+def to_float32(xp: Namespace, norm: Array) -> Array:
+    """A norm rounded to float32, inf beyond its range, without an overflow on the way: a lazy library would warn."""
+    if range_of(norm) is RANGES["float32"]:
+        return norm
+    largest = RANGES["float32"].largest
+    held = xp.minimum(norm, xp.full_like(norm, largest))
+    return xp.astype(xp.where(norm >= largest + 2.0**103, xp.full_like(norm, math.inf), held), xp.float32)
+
+
 class Factors(NamedTuple):
     """Rows of factors: `x * shift * factor * shift` neither overflows nor loses bits unless its result does.
 

@@ -259,6 +259,20 @@ def test_units_of_complex_numbers(dtype):
     assert [x.tolist() for x in masked] == [np.where(re > 0, x, 0).tolist() for x in (re, im)]
 
 
+def test_norms_in_float32():
+    """Rounded to nearest, inf from where float32 rounds to it, without a warning."""
+    largest = RANGES["float32"].largest
+    edge = largest + 2.0**103
+    norms = np.array([0.0, 1 / 3, largest, edge, np.nextafter(edge, 0), 1e300, math.inf, math.nan, 1e-50])
+    with np.errstate(over="raise", invalid="raise"):
+        got = _scaled.to_float32(xp, norms)
+    assert got.dtype == np.float32
+    want = [0.0, float(np.float32(1 / 3)), largest, math.inf, largest, math.inf, math.inf, math.nan, 0.0]
+    np.testing.assert_array_equal(got, want)
+    narrow = np.float32([1.5])
+    assert _scaled.to_float32(xp, narrow) is narrow
+
+
 def test_constants_as_a_dtype_holds_them():
     assert _scaled.rounded(1 / 3, np.zeros(1)) == 1 / 3
     assert _scaled.rounded(1 / 3, np.zeros(1, np.float32)) == float(np.float32(1 / 3))
