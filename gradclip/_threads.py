@@ -25,7 +25,7 @@ def set_num_threads(limit: int | None) -> None:
     ----------
     limit : int or None
         At least 1, which means no threads but the caller's own. The default is the environment variable
-        ``GRADCLIP_NUM_THREADS``, or else the number of cores that this process may run on, at most 8.
+        ``GRADCLIP_NUM_THREADS``, read at each call, or else the number of cores that this process may run on, at most 8.
 
     Raises
     ------
@@ -55,12 +55,12 @@ def set_num_threads(limit: int | None) -> None:
 
 def num_threads() -> int:
     """How many threads may work at once, the caller's among them."""
-    return _asked or _default()
+    return _asked or _default(os.environ.get("GRADCLIP_NUM_THREADS", "").strip())
 
 
 @lru_cache(1)
-def _default() -> int:
-    told = os.environ.get("GRADCLIP_NUM_THREADS", "").strip()
+def _default(told: str) -> int:
+    """What the environment variable says, or the cores."""
     if told:
         if not told.isdecimal() or int(told) < 1:
             raise ValueError(f"the environment variable GRADCLIP_NUM_THREADS must be a number >= 1, got {told!r}")
@@ -70,11 +70,11 @@ def _default() -> int:
 
 
 @lru_cache(1)
-def _pool() -> Any:
-    """The threads, made when they are first needed."""
+def _pool(n: int) -> Any:
+    """So many threads, made when they are first needed."""
     from concurrent.futures import ThreadPoolExecutor  # 10 ms, which `import gradclip` need not take
 
-    return ThreadPoolExecutor(max(1, num_threads() - 1), thread_name_prefix="gradclip")
+    return ThreadPoolExecutor(n, thread_name_prefix="gradclip")
 
 
 if hasattr(os, "register_at_fork"):  # the child has none of its parent's threads
@@ -94,7 +94,8 @@ def each(f: Callable[[T], R], jobs: Sequence[T], threads: int) -> list[R]:
             out[i] = f(job)
 
     try:  # with the caller's context: NumPy keeps its error state there
-        others = [_pool().submit(copy_context().run, work) for _ in range(threads - 1)]
+        pool = _pool(max(1, num_threads() - 1))
+        others = [pool.submit(copy_context().run, work) for _ in range(threads - 1)]
     except RuntimeError:  # the interpreter is shutting down
         others = []
     work()

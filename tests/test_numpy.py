@@ -379,6 +379,18 @@ def test_the_same_list_may_have_changed_since_the_last_call():
         gradclip.global_norm(tree)
 
 
+def test_the_variable_may_change_between_two_calls(monkeypatch, limit):
+    gradclip.set_num_threads(None)
+    tree = [np.ones(1 << 20, np.float32)] * 4
+    for told in (1, 4, 2):
+        monkeypatch.setenv("GRADCLIP_NUM_THREADS", str(told))
+        assert threads.num_threads() == told
+        assert float(gradclip.global_norm(tree)) == 2048
+    monkeypatch.setenv("GRADCLIP_NUM_THREADS", "few")
+    with pytest.raises(ValueError, match="GRADCLIP_NUM_THREADS must be a number >= 1, got 'few'"):
+        gradclip.global_norm(tree)
+
+
 @pytest.mark.parametrize("shape", [(8,), (1024,), (300, 512)])
 def test_no_array_is_kept_alive(shape):
     tree = [np.ones(shape, np.float32) for _ in range(3)]
