@@ -25,7 +25,7 @@ def set_num_threads(limit: int | None) -> None:
     ----------
     limit : int or None
         At least 1, which means no threads but the caller's own. The default is the environment variable
-        ``GRADCLIP_NUM_THREADS``, read at each call, or else the number of cores that this process may run on, at most 8.
+        ``GRADCLIP_NUM_THREADS``, read at each call, or else the number of cores of this process, at most 8.
 
     Raises
     ------
