@@ -53,7 +53,7 @@ def decide(
     if norms is not None and bounds.max_norm is None:
         value = norms.value(xp)
         unity, finite = Scaled(xp.ones_like(value), None), xp.isfinite(norms.mantissa)
-        return Decision(in_own_dtype(xp, value, wide), unity, unity, finite, finite)
+        return Decision(_reported(xp, value, wide), unity, unity, finite, finite)
     max_norm, divisor, unit = bounds.max_norm, bounds.divide_by, bounds.unit
     if params is not None:  # NaN stays NaN
         unit = unit.where(xp, unit.exceeds(xp, params), params)
@@ -71,7 +71,7 @@ def decide(
     value = norm.value(xp)
     one = xp.ones_like(value)
     bound = Scaled(xp.maximum(max_norm.mantissa, 0 * one), max_norm.exponent)  # NaN stays NaN
-    reported = in_own_dtype(xp, value, wide)
+    reported = _reported(xp, value, wide)
     # Both: a norm that was rounded up or down for the report must not make the difference.
     clips = norm.exceeds(xp, bound)
     clips = xp.logical_and(clips, Scaled(xp.astype(reported, value.dtype), None).exceeds(xp, bound))
@@ -88,7 +88,7 @@ def decide(
     return Decision(reported, Scaled(mantissa, numerator.exponent), denominator, finite, joined_finite)
 
 
-def in_own_dtype(xp: Namespace, value: Array, wide: Any) -> Array:
+def _reported(xp: Namespace, value: Array, wide: Any) -> Array:
     """Norms rounded to float32, but those that are wide: they stay in a dtype that holds them all where some are."""
     if isinstance(wide, bool):
         return value if wide else to_float32(xp, value)

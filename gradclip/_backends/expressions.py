@@ -110,7 +110,7 @@ class Printed:
         self._known: dict[str, str] = {}  # the names of what stands in statements
 
     def name(self, x: Expression) -> str:
-        """What `x` is called in C; its statements, and those of all that it needs, have been written."""
+        """What `x` is called in the program; its statements, and those of all that it needs, have been written."""
         if x not in self._names:
             args = [self.name(arg) for arg in x.args]
             value = self._form(x.form).format(*args)

@@ -133,11 +133,10 @@ class Backend(OneLeaf):
         xp = self.xp
         norms = self._finish(xp, norm, found) if found else None
         params = self._finish(xp, norm, rows(n)) if relative else None
-        return self._settled(xp, norms, params, bounds, groups, nonfinite, wide)
+        return self._settled(norms, params, bounds, groups, nonfinite, wide)
 
     def _settled(
         self,
-        xp: Namespace,
         norms: Scaled | None,
         params: Scaled | None,
         bounds: Bounds,
@@ -145,8 +144,9 @@ class Backend(OneLeaf):
         nonfinite: Nonfinite,
         wide: Any,
     ) -> Verdict:
-        decision = decide(xp, norms, bounds, wide, nonfinite, params)
-        factors = self._quotient(xp, decision.numerator, decision.denominator)
+        """The policy, and its division."""
+        decision = decide(self.xp, norms, bounds, wide, nonfinite, params)
+        factors = self._quotient(self.xp, decision.numerator, decision.denominator)
         return Verdict(self._reported(decision.norm, wide, groups), factors, decision.finite, decision.joined_finite)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:

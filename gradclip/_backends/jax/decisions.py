@@ -57,7 +57,7 @@ class _InFloat64(_Undifferentiated):
             return plain.finish(jnp, ((row, row, row, jnp.ones_like(row)),))
 
         params = ends(n) if relative else None
-        return self._settled(jnp, ends(0), params, bounds, groups, wide=False, **settled)
+        return self._settled(ends(0), params, bounds, groups, wide=False, **settled)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
         return _wide(norm.finish(xp, rows))
