@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import ClassVar, TypeAlias
 
@@ -260,6 +259,8 @@ class PowerNorm(Norm):
         return (xp.where(counts, term, zero),)
 
     def finish(self, xp: Namespace, joined: Seen) -> Scaled:
+        from fractions import Fraction  # it and decimal take a twentieth of `import gradclip`
+
         pivot = self._extreme.finish(xp, joined[:1])
         terms = joined[1][0]
         safe = xp.where(terms > 0, terms, xp.ones_like(terms))
