@@ -320,7 +320,7 @@ def test_nothing_but_the_interface_is_called_from_outside():
 # -- what an import costs ----------------------------------------------------------------------------------------------
 
 
-def fresh(code: str) -> str:
+def fresh(code: str, **env: str) -> str:
     """What a fresh interpreter prints."""
     path = os.pathsep.join([str(ROOT.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -329,7 +329,7 @@ def fresh(code: str) -> str:
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **env},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -340,8 +340,8 @@ def test_import_gradclip_imports_no_array_library():
     assert fresh(f"import sys, gradclip; print(sorted(set({libraries}) & set(sys.modules)))") == "[]"
 
 
-def test_import_gradclip_takes_under_50_ms():
-    """Of the processor's time: beside other work the clock shows several times as much."""
+def test_import_gradclip_takes_under_50_ms(tmp_path):
+    """Of the processor's time: beside other work the clock shows several times as much. From bytecode, as installed."""
     code = """
 import time, array_api_compat
 start = time.process_time()
@@ -350,7 +350,7 @@ print(time.process_time() - start)
 """
     times = []
     for _ in range(15):
-        times.append(float(fresh(code)))
+        times.append(float(fresh(code, PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=str(tmp_path))))
         if min(times) < 0.05:
             break
     assert min(times) < 0.05, f"{min(times):.3f} s at best"
