@@ -50,7 +50,6 @@ def set_num_threads(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit!r}")
     _asked = limit
-    _pool.cache_clear()
 
 
 def num_threads() -> int:
