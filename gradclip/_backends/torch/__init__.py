@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -14,6 +15,8 @@ import torch
 from gradclip._backends.generic import Backend
 from gradclip._backends.torch.host import HostBackend
 from gradclip._types import Array
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class TorchBackend(Backend):
@@ -32,12 +35,13 @@ class TorchBackend(Backend):
 
 def _is_seen(leaves: Sequence[Array], bounds: Sequence[Any]) -> bool:
     """Whether more is to come of the work than its results: a graph of derivatives, a trace, a call of a subclass."""
+    tensors = [x for x in bounds if isinstance(x, torch.Tensor)]
     return (
         set(map(type, leaves)) != {torch.Tensor}
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (*leaves, *bounds)))
-        or any(isinstance(x, torch.Tensor) and (type(x) is not torch.Tensor or x.is_meta) for x in bounds)
+        or (torch.is_grad_enabled() and True in (*map(_requires_grad, leaves), *map(_requires_grad, tensors)))
+        or any(type(x) is not torch.Tensor or x.is_meta for x in tensors)
     )

@@ -99,7 +99,7 @@ class HostBackend(Backend):
         if in_place and _overlap(leaves):
             return super().scale(leaves, Factors(torch.from_numpy(factor), torch.from_numpy(shift)), groups, in_place)
         changes = (factor != 1) | (shift != 1)
-        changed, by, others = [], [], [i for i, _ in groups.kept.items() if changes[groups.of(i)].any()]
+        changed, by, others = [], [], [i for i in groups.kept if changes[groups.of(i)].any()]
         whole = [i for i, axis in enumerate(groups.keep) if axis is None]
         first = [groups.base[i] for i in whole]
         for i, group, f, s in zip(whole, first, factor[first].tolist(), shift[first].tolist(), strict=True):
@@ -112,14 +112,12 @@ class HostBackend(Backend):
                 others.append(i)
         out = list(leaves)
         if changed:
-            numbers = [torch.view_as_real(leaves[i]) if leaves[i].is_complex() else leaves[i] for i in changed]
-            # Tensors: by a Python number `_foreach_mul_` multiplies 16-bit leaves in their own dtype.
-            row = torch.tensor(by, dtype=torch.float64).unbind()
-            times: Any = row[0] if groups.count == 1 else row
+            numbers = [leaves[i] for i in changed]
+            numbers = [torch.view_as_real(x) if x.is_complex() else x for x in numbers]
             if in_place:
-                torch._foreach_mul_(numbers, times)
+                torch._foreach_mul_(numbers, _as_tensors(by, numbers))
             else:
-                for i, x in zip(changed, torch._foreach_mul(numbers, times), strict=True):
+                for i, x in zip(changed, torch._foreach_mul(numbers, by), strict=True):
                     out[i] = torch.view_as_complex(x) if leaves[i].is_complex() else x
         if others:
             self._others(leaves, others, factors, groups, in_place, out)
@@ -179,6 +177,17 @@ def _on_host(x: Any) -> Any:
     if isinstance(x, list):
         return list(map(_on_host, x))
     return x.detach().to("cpu", torch.float64).numpy() if isinstance(x, torch.Tensor) else x
+
+
+def _as_tensors(numbers: Sequence[float], leaves: Sequence[Array]) -> list[Array]:
+    """Numbers to multiply leaves by, in half the time. In place, too, they are then rounded to float32 for 16-bit
+    leaves, not to these leaves' own dtype.
+    """
+    known = {
+        sort: torch.tensor(sort[0], dtype=torch.float64 if sort[1] is torch.float64 else torch.float32)
+        for sort in set(zip(numbers, map(_dtype, leaves), strict=True))
+    }
+    return [known[sort] for sort in zip(numbers, map(_dtype, leaves), strict=True)]
 
 
 def _wider(x: Array, groups: Groups, group: int) -> bool:
