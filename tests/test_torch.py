@@ -463,7 +463,7 @@ def test_in_place_nothing_as_large_as_a_leaf_is_allocated(torch: Any) -> None:
     calls.append({"max_norm": 1.0, "nonfinite": "zero", "norm": INF})
     trees = {
         dtype: [torch.ones(n, 2000, dtype=getattr(torch, dtype)), torch.ones(9)]
-        for dtype, n in (("float16", 4000), ("bfloat16", 4000), ("float32", 2000), ("complex64", 1000))
+        for dtype, n in (("bfloat16", 4000), ("float32", 2000))
     }
     peaks = {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -476,10 +476,9 @@ def test_in_place_nothing_as_large_as_a_leaf_is_allocated(torch: Any) -> None:
                 peaks[dtype, str(options)] = tracemalloc.get_traced_memory()[1]
                 tracemalloc.stop()
                 assert leaves[0][0, 0] != 3
-            if dtype != "complex64":
-                leaves[0].fill_(3)
-                gradclip.clip_grad_value_(leaves, 1.0)
-                assert leaves[0][0, 0] == leaves[0][-1, -1] == 1
+            leaves[0].fill_(3)
+            gradclip.clip_grad_value_(leaves, 1.0)
+            assert leaves[0][0, 0] == leaves[0][-1, -1] == 1
     names = {event.name: event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 3e6}
     assert names == {}
     assert max(peaks.values()) < 16e6, max(peaks, key=peaks.__getitem__)
