@@ -142,13 +142,11 @@ class HostBackend(Backend):
                 torch.autograd.graph.increment_version(leaves[i])
             else:
                 out[i] = torch.from_numpy(x)
-        rows = Factors(*scaling.both(factors, groups.count)).steps
+        factor, shift = scaling.both(factors, groups.count)
         for i in sorted({*which}.difference(known)):
-            x, at, keep = leaves[i], groups.of(i), groups.keep[i]
-            out[i] = target = x if in_place else torch.empty_like(x)
-            steps = [torch.from_numpy(row[at]).reshape(against(x, keep)).expand(x.shape) for row in rows]
-            for piece, to, *some_steps in zip(*map(pieces, (x, target, *steps)), strict=True):
-                to.copy_(self._scaled(piece, some_steps))
+            out[i] = target = leaves[i] if in_place else torch.empty_like(leaves[i])
+            at, wide = groups.of(i), _wider(leaves[i], groups, groups.base[i])
+            _multiply(leaves[i], target, factor[at], shift[at], groups.keep[i], wide)
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
         return list(map(torch.from_numpy, self._numpy.weighted_sum(_arrays(leaves), factors, groups)))
@@ -162,6 +160,22 @@ class HostBackend(Backend):
         if upper.ndim == lower.ndim == 0 and not (upper.isnan() or lower.isnan()):
             upper, lower = upper.item(), lower.item()  # in half the time
         return torch.clamp(leaf, lower, upper, out=out)
+
+
+def _multiply(leaf: Array, out: Array, factor: Array, shift: Array, keep: int | None, wide: bool) -> None:
+    """`out` = leaf * shift * factor * shift, some at a time; zeros where the factor is 0, whatever the leaf holds."""
+    if not factor.any():
+        out.zero_()
+        return
+    usual = not wide and bool(((shift == 1) & (factor >= _LEAST) & (factor <= _MOST)).all())
+    numbers = [factor.astype(np.float32)] if usual else [shift, factor, shift]
+    steps = [torch.from_numpy(row).reshape(against(leaf, keep)).expand(leaf.shape) for row in numbers]
+    zero = not factor.all()
+    for x, y, *by in zip(*map(pieces, (leaf, out, *steps)), strict=True):
+        product = x.to(by[0].dtype)
+        for step in by:
+            product *= step
+        y.copy_(product.masked_fill_(by[len(by) // 2] == 0, 0) if zero else product)
 
 
 def _array(x: Array) -> Array:
