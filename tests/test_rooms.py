@@ -383,7 +383,11 @@ def test_the_public_names():
     assert len(gradclip.__all__) == len(NAMES)
     assert all(hasattr(gradclip, name) for name in NAMES)
     visible = {name for name in vars(gradclip) if not name.startswith("_")}
-    assert visible == {*NAMES, "distributed"}, "a public name that __all__ does not list"
+    around = {file.split("/")[0].removesuffix(".py") for file in FILES if room_of(file) == "around"}
+    assert visible - around == NAMES, "a public name that __all__ does not list"
+    assert fresh("import gradclip; print([name for name in ('distributed', 'torch') if hasattr(gradclip, name)])") == (
+        "['distributed']"
+    )
     assert issubclass(gradclip.LeafError, TypeError)
     assert issubclass(gradclip.NonFiniteError, FloatingPointError)
     assert gradclip.Clipped._fields == ("grads", "norm")
