@@ -235,7 +235,7 @@ def clip_grads_with_norm_(
 
 #: What to pass, where something else came.
 _REPAIR = {
-    "parameters": "pass the parameters, for example model.parameters()",
+    "parameters": "pass the parameters, for example model.parameters(); the tensors of a state_dict() have no .grad",
     "tensors": "pass tensors, for example [p.grad for p in model.parameters()]",
 }
 
@@ -256,8 +256,8 @@ def _gradients(parameters: Any) -> list[Any]:
     if any(x is not None for x in found) and not any(map(_may_have_gradient, found)):
         raise LeafError(
             "parameters are tensors of which none is a torch Parameter, has a gradient or requires one, so nothing "
-            f"would be clipped: {_REPAIR['parameters']}, not their values (.data, state_dict()). If these are the "
-            "gradients themselves: gradclip.clip_grad_norm_ and gradclip.clip_grad_value_ take them"
+            f"would be clipped: {_REPAIR['parameters']}. If these are the gradients themselves: "
+            "gradclip.clip_grad_norm_ and gradclip.clip_grad_value_ take them"
         )
     return [None if x is None else x.grad for x in found]
 
@@ -292,7 +292,7 @@ def _described(x: Any) -> str:
     if isinstance(x, Mapping) and "params" in x:
         return "a parameter group of an optimizer, whose parameters are its ['params']"
     if isinstance(x, Mapping):
-        return f"a {kind}, whose values, if it is a state_dict(), have no .grad"
+        return f"a mapping ({kind})"
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
         return f"a pair of a name ({x[0]!r}) and a value, as of named_parameters()"
     return f"a {kind}, and no tensor"
