@@ -6,21 +6,27 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import exact
+import gradclip
 from gradclip import LeafError, NonFiniteError, Units
 
 pytestmark = pytest.mark.library("torch")
 torch = pytest.importorskip("torch")
 names = importlib.import_module("gradclip.torch")
 
+WORKER = Path(__file__).parent / "ranks" / "torch_names.py"
 INF, NAN = math.inf, math.nan
 nn = torch.nn
 
@@ -602,3 +608,21 @@ def test_a_scaler_skips_the_step_of_an_infinite_gradient():
     scaler.step(optimizer)
     scaler.update()
     assert (p.tolist(), scaler.get_scale()) == ([1.0, 1.0], 512.0)
+
+
+@pytest.mark.full
+def test_with_two_processes(tmp_path):
+    """Under DDP, and FSDP2 where this torch has it by that name."""
+    here = str(Path(gradclip.__file__).parents[1])
+    path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, WORKER, (tmp_path / "store").as_uri()],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    fsdp = importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is not None
+    assert done.stdout.split() == ["FSDP2"] * (2 * fsdp) + ["done"]
