@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import gradclip
 from gradclip.torch import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+
+HAS_FSDP2 = hasattr(dist.fsdp, "fully_shard")  # torch 2.6
 
 
 def network() -> Any:
@@ -49,12 +52,10 @@ def averaged(rank: int) -> None:
 
 def sharded() -> None:
     """FSDP2's gradients are DTensors, and so may the norm be: that of the whole."""
-    from torch.distributed.fsdp import fully_shard
-
     model, plain = network(), network()
     mesh = init_device_mesh("cpu", (2,))
     for layer in (model[0], model[2], model):
-        fully_shard(layer, mesh=mesh)
+        dist.fsdp.fully_shard(layer, mesh=mesh)
     for p in (2.0, 1.0, 3.0, float("inf")):
         ours, theirs = after_backward(model), after_backward(plain)
         norm = clip_grad_norm_(model.parameters(), 0.5, p)
@@ -75,13 +76,19 @@ def sharded() -> None:
 def main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     averaged(rank)
-    if hasattr(dist, "fsdp") and hasattr(dist.fsdp, "fully_shard"):  # torch 2.6
+    if HAS_FSDP2:
         sharded()
-        print("FSDP2", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(main, (sys.argv[1],), nprocs=2)
-    print("done")
+    other = torch.multiprocessing.get_context("spawn").Process(target=main, args=(1, sys.argv[1]))
+    other.start()
+    try:
+        main(0, sys.argv[1])
+        other.join()
+    finally:
+        other.kill()  # where it waits for this one
+    assert other.exitcode == 0
+    print("DDP, FSDP2" if HAS_FSDP2 else "DDP")
