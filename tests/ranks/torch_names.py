@@ -6,23 +6,26 @@ import datetime
 import sys
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import gradclip
 from gradclip.torch import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+INF = float("inf")
 HAS_FSDP2 = hasattr(dist.fsdp, "fully_shard")  # torch 2.6
 
 
-def network() -> Any:
-    """Its axes are even: each of two ranks has as large a part of every parameter."""
+def network(*widths: int) -> Any:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    first, last = widths
+    return nn.Sequential(nn.Linear(3, first), nn.Tanh(), nn.Linear(first, last))
 
 
 def after_backward(model: Any) -> list[Any]:
@@ -31,14 +34,9 @@ def after_backward(model: Any) -> list[Any]:
     return list(model.parameters())
 
 
-def whole(x: Any) -> Any:
-    """A tensor as one process would have it."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
 def alike(sharded: list[Any], plain: list[Any]) -> None:
     for p, q in zip(sharded, plain, strict=True):
-        torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-6, atol=0)
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-6, atol=0)
 
 
 def averaged(rank: int) -> None:
@@ -50,34 +48,90 @@ def averaged(rank: int) -> None:
     assert layer.weight.grad.tolist() == [[1.5, 2.0]]
 
 
-def sharded() -> None:
-    """FSDP2's gradients are DTensors, and so may the norm be: that of the whole."""
-    model, plain = network(), network()
+def sharded(*widths: int) -> None:
+    """FSDP2's gradients are DTensors, and so is the norm: that of the whole."""
+    model, plain = network(*widths), network(*widths)
     mesh = init_device_mesh("cpu", (2,))
     for layer in (model[0], model[2], model):
         dist.fsdp.fully_shard(layer, mesh=mesh)
-    for p in (2.0, 1.0, 3.0, float("inf")):
+    for p in (2.0, 1.0, 0.0, 3.0, INF, -INF):
         ours, theirs = after_backward(model), after_backward(plain)
-        norm = clip_grad_norm_(model.parameters(), 0.5, p)
-        torch.testing.assert_close(whole(norm), clip_grad_norm_(theirs, 0.5, p), rtol=1e-6, atol=0)
+        norm = clip_grad_norm_(model.parameters(), 0.0625, p)
+        want = clip_grad_norm_(theirs, 0.0625, p)
+        assert isinstance(norm, DTensor)
+        torch.testing.assert_close(norm.full_tensor(), want, rtol=1e-6, atol=0)
+        assert float(norm) == float(norm.full_tensor())
         alike(ours, theirs)
-    ours, theirs = after_backward(model), after_backward(plain)
-    norms = clip_grad_norm_(ours, 0.25, per=gradclip.Units(0))
-    for norm, want in zip(norms, clip_grad_norm_(theirs, 0.25, per=gradclip.Units(0)), strict=True):
-        torch.testing.assert_close(whole(norm), want, rtol=1e-6, atol=0)
-    alike(ours, theirs)
+        apart = after_backward(model)
+        clip_grads_with_norm_(apart, 0.0625, get_total_norm([q.grad for q in apart], p))
+        alike(apart, theirs)
+    for per in ("leaf", ["body", "body", None, "head"]):
+        ours, theirs = after_backward(model), after_backward(plain)
+        norms, wants = (clip_grad_norm_(x, 0.25, per=per) for x in (ours, theirs))
+        if per != "leaf":
+            assert list(norms) == list(wants) == ["body", "head"]
+            norms, wants = list(norms.values()), list(wants.values())
+        for norm, want in zip(norms, wants, strict=True):
+            torch.testing.assert_close(norm.full_tensor(), want, rtol=1e-6, atol=0)
+        alike(ours, theirs)
+    torch.testing.assert_close(get_total_norm(model.parameters()).full_tensor(), get_total_norm(plain.parameters()))
     for parameters in (ours, theirs):
-        clip_grads_with_norm_(parameters, 0.25, get_total_norm([p.grad for p in parameters]))
         clip_grad_value_(parameters, 0.0625)
     alike(ours, theirs)
     assert max(float(p.grad.abs().max()) for p in theirs) == 0.0625
 
 
+def units() -> None:
+    """Groups along an axis, which may be the one that is sharded: torch joins them, where it can."""
+    model, plain = network(4, 2), network(4, 2)
+    dist.fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    ours, theirs = after_backward(model), after_backward(plain)
+    norms, wants = (clip_grad_norm_(x, 0.25, per=gradclip.Units(0)) for x in (ours, theirs))
+    for norm, want in zip(norms, wants, strict=True):
+        torch.testing.assert_close(norm.full_tensor(), want, rtol=1e-6, atol=0)
+    alike(ours, theirs)
+
+
+def placed(rank: int, shape: tuple[int, ...], *placements: Any) -> None:
+    """A copy counts once, on whatever axis of the mesh; an inf or NaN of one rank is one of all."""
+    mesh = init_device_mesh("cpu", shape)
+    values = [torch.arange(1.0, 13.0).reshape(3, 4), torch.arange(1.0, 6.0), torch.tensor(7.0)]
+    last = [Replicate()] * mesh.ndim
+    everything = [placements, [Replicate() if x == Shard(1) else x for x in placements], last]
+
+    def parameters() -> list[Any]:
+        out = [nn.Parameter(distribute_tensor(x * 0, mesh, y)) for x, y in zip(values, everything, strict=True)]
+        for p, x, y in zip(out, values, everything, strict=True):
+            p.grad = distribute_tensor(x.clone(), mesh, y)
+        return out
+
+    want = float(sum(float((x**2).sum()) for x in values)) ** 0.5
+    ps = parameters()
+    torch.testing.assert_close(float(clip_grad_norm_(ps, 1.0)), want, rtol=1e-6, atol=0)
+    for p, x in zip(ps, values, strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), x / want, rtol=1e-6, atol=1e-9)
+    values[0][0, 0] = INF
+    ps = parameters()
+    with pytest.raises(gradclip.NonFiniteError, match=r"grads\[0\] \(float32.* 0 NaN, 1 inf") as caught:
+        clip_grad_norm_(ps, 1.0, error_if_nonfinite=True)
+    mine = any(x.isinf().any() for x in (p.grad.to_local() for p in ps))
+    assert len(caught.value.culprits) == mine == (rank == 0 or Replicate() in placements), "all name that of rank 0"
+    assert float(clip_grad_norm_(ps, 1.0, nonfinite="zero")) == INF
+    assert not any(p.grad.full_tensor().any() for p in ps)
+
+
 def main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     averaged(rank)
+    placed(rank, (2,), Shard(0))
+    placed(rank, (2,), Shard(1))
+    placed(rank, (1, 2), Shard(0), Shard(1))
+    placed(rank, (2, 1), Replicate(), Shard(0))
     if HAS_FSDP2:
-        sharded()
+        sharded(4, 2)
+        sharded(5, 3)  # uneven parts
+        sharded(5, 1)  # rank 1 has none of the last layer
+        units()
     dist.barrier()
     dist.destroy_process_group()
 

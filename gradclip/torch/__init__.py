@@ -19,15 +19,16 @@ averaged the gradients already: pass nothing for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from gradclip import _arguments, _clip, _clip_value
 from gradclip._call import given, settled
-from gradclip._errors import LeafError, warn
+from gradclip._groups import Units
 from gradclip._types import AllReduce, Nonfinite, NormType, Per, Scalar
+from gradclip.torch._parameters import each, gradients
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -88,8 +89,11 @@ def clip_grad_norm_(
     """
     _checked(foreach)
     with torch.no_grad():
+        grads, mesh = _parts(gradients(parameters), per, all_reduce)
+        if mesh is not None:
+            max_norm, norm, divide_by, all_reduce = *map(mesh.whole, (max_norm, norm, divide_by)), mesh
         found = _clip.clip_grad_norm_(
-            _gradients(parameters),
+            grads,
             max_norm,
             norm_type,
             error_if_nonfinite,
@@ -99,7 +103,7 @@ def clip_grad_norm_(
             divide_by=divide_by,
             all_reduce=all_reduce,
         )
-    return _tensor(found)
+        return _given_back(found, mesh)
 
 
 def clip_grad_value_(
@@ -134,7 +138,7 @@ def clip_grad_value_(
     """
     _checked(foreach)
     with torch.no_grad():
-        _clip_value.clip_grad_value_(_gradients(parameters), clip_value)
+        _clip_value.clip_grad_value_(gradients(parameters), clip_value)
 
 
 def get_total_norm(
@@ -180,10 +184,10 @@ def get_total_norm(
     _checked(foreach)
     policy: Nonfinite = "error" if _arguments.flag("error_if_nonfinite", error_if_nonfinite) else "propagate"
     with torch.no_grad():
-        values = [None if x is None else x.detach() for x in _each(tensors, "tensors")]
-        call = given(values, norm_type, None, None, policy, all_reduce)
+        values, mesh = _parts([None if x is None else x.detach() for x in each(tensors, "tensors")], None, all_reduce)
+        call = given(values, norm_type, None, None, policy, mesh or all_reduce)
         with call.backend.session(call.leaves, in_place=False):
-            return _tensor(call.grouped.norms(settled(call).norms))
+            return _given_back(call.grouped.norms(settled(call).norms), mesh)
 
 
 def clip_grads_with_norm_(
@@ -226,18 +230,11 @@ def clip_grads_with_norm_(
     >>> clip_grads_with_norm_(weight, 1.0, get_total_norm(weight.grad)); weight.grad
     tensor([0.6000, 0.8000])
     """
-    _checked(foreach)
-    with torch.no_grad():
-        _clip.clip_grad_norm_(
-            _gradients(parameters), max_norm, per=per, nonfinite=nonfinite, norm=total_norm, divide_by=divide_by
-        )
-
-
-#: What to pass, where something else came.
-_REPAIR = {
-    "parameters": "pass the parameters, for example model.parameters(); the tensors of a state_dict() have no .grad",
-    "tensors": "pass tensors, for example [p.grad for p in model.parameters()]",
-}
+    if total_norm is None:
+        raise TypeError("total_norm must be a number or a 0-d tensor, got None: get_total_norm gives it")
+    clip_grad_norm_(
+        parameters, max_norm, foreach=foreach, per=per, nonfinite=nonfinite, norm=total_norm, divide_by=divide_by
+    )
 
 
 def _checked(foreach: Any) -> None:
@@ -245,54 +242,21 @@ def _checked(foreach: Any) -> None:
         _arguments.flag("foreach", foreach)
 
 
-def _tensor(norm: Any) -> Any:
-    """A norm as it came; that of no gradients, which gradclip gives as NumPy's, as a tensor."""
+def _parts(tensors: list[Any], per: Per, all_reduce: AllReduce | None) -> tuple[list[Any], Any]:
+    """Of DTensors this rank's parts, and their mesh, which joins them; all else as it is, and None.
+
+    Units and examples are groups along an axis, which may itself be sharded.
+    """
+    along_axis = per in ("unit", "example") if isinstance(per, str) else isinstance(per, Units)
+    if all_reduce is not None or along_axis or not any(hasattr(x, "to_local") for x in tensors):
+        return tensors, None
+    from gradclip.torch._dtensors import parts
+
+    return parts(tensors)
+
+
+def _given_back(norm: Any, mesh: Any) -> Any:
+    """A norm as torch gives it. gradclip gives that of no gradients as NumPy's."""
+    if mesh is not None:
+        return mesh.back(norm)
     return norm if isinstance(norm, torch.Tensor | list | dict) else torch.as_tensor(norm)
-
-
-def _gradients(parameters: Any) -> list[Any]:
-    """The gradients of parameters, None where there is none. Raises LeafError unless one of them may have one."""
-    found = _each(parameters, "parameters")
-    if any(x is not None for x in found) and not any(map(_may_have_gradient, found)):
-        raise LeafError(
-            "parameters are tensors of which none is a torch Parameter, has a gradient or requires one, so nothing "
-            f"would be clipped: {_REPAIR['parameters']}. If these are the gradients themselves: "
-            "gradclip.clip_grad_norm_ and gradclip.clip_grad_value_ take them"
-        )
-    return [None if x is None else x.grad for x in found]
-
-
-def _may_have_gradient(x: torch.Tensor | None) -> bool:
-    if x is None or isinstance(x, torch.nn.Parameter):
-        return x is not None
-    return x.requires_grad or x.grad is not None if x.is_leaf else x.retains_grad  # else torch warns of .grad
-
-
-def _each(tensors: Any, name: str) -> list[Any]:
-    """The tensors of an iterable, or of one tensor, which may be None. Raises LeafError for anything else."""
-    if isinstance(tensors, torch.Tensor):
-        return [tensors]
-    is_module = isinstance(tensors, torch.nn.Module) and not isinstance(tensors, torch.nn.ParameterList)
-    if is_module or isinstance(tensors, Mapping | str) or not isinstance(tensors, Iterable):
-        raise LeafError(f"{name} is {_described(tensors)}: {_REPAIR[name]}")
-    found = list(tensors)
-    if not found and isinstance(tensors, Iterator):
-        warn(f"gradclip was given an iterator of {name} that gives nothing, and does nothing: was it read before?")
-    for i, x in enumerate(found):
-        if x is not None and not isinstance(x, torch.Tensor):
-            raise LeafError(f"{name}[{i}] is {_described(x)}: {_REPAIR[name]}")
-    return found
-
-
-def _described(x: Any) -> str:
-    """What stands where a tensor is wanted."""
-    kind = f"{type(x).__module__}.{type(x).__qualname__}"
-    if isinstance(x, torch.nn.Module):
-        return f"a module ({kind})"
-    if isinstance(x, Mapping) and "params" in x:
-        return "a parameter group of an optimizer, whose parameters are its ['params']"
-    if isinstance(x, Mapping):
-        return f"a mapping ({kind})"
-    if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
-        return f"a pair of a name ({x[0]!r}) and a value, as of named_parameters()"
-    return f"a {kind}, and no tensor"
