@@ -609,9 +609,71 @@ def test_a_scaler_skips_the_step_of_an_infinite_gradient():
     assert (p.tolist(), scaler.get_scale()) == ([1.0, 1.0], 512.0)
 
 
+# -- several ranks -----------------------------------------------------------------------------------------------------
+
+
+#: torch 2.5's own, of the CPU.
+on_a_mesh = pytest.mark.filterwarnings("ignore:DTensor random operators may not:UserWarning")
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of one rank, this one."""
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        yield tensor, torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@on_a_mesh
+def test_dtensors(mesh):
+    tensor, one = mesh
+    ps = [parameter([3.0]), parameter(), parameter([4.0])]
+    for p, placement in ((ps[0], tensor.Shard(0)), (ps[2], tensor.Replicate())):
+        p.grad = tensor.distribute_tensor(p.grad, one, [placement])
+    for norm, want in (
+        (names.clip_grad_norm_(ps, 2.5), 5.0),
+        (names.get_total_norm([p.grad for p in ps]), 2.5),
+        (names.clip_grad_norm_(ps, INF, per="leaf")[2], 2.0),
+        (names.clip_grad_norm_(ps, {"a": INF}, per=["a", "b", None])["a"], 1.5),
+    ):
+        assert isinstance(norm, tensor.DTensor)
+        assert norm.full_tensor().tolist() == want
+    names.clip_grads_with_norm_(ps, 1.0, names.clip_grad_norm_(ps, INF, per="leaf"), per="leaf")
+    names.clip_grad_value_(ps, 0.75)
+    assert [p.grad if p.grad is None else p.grad.full_tensor().tolist() for p in ps] == [[0.75], None, [0.75]]
+    assert all(isinstance(p.grad, tensor.DTensor) for p in ps[::2])
+
+
+@on_a_mesh
+@pytest.mark.skipif(torch.__version__.startswith("2.5."), reason="torch 2.5 cannot index a DTensor")
+def test_dtensors_that_torch_must_join_itself(mesh):
+    """Sums that are yet to be made, whose parts have other norms; and groups along an axis."""
+    tensor, one = mesh
+    p = parameter([3.0, 4.0])
+    p.grad = tensor.DTensor.from_local(p.grad, one, [tensor.Partial()])
+    assert names.clip_grad_norm_(p, 2.5).full_tensor().tolist() == 5.0
+    assert p.grad.full_tensor().tolist() == [1.5, 2.0]
+    p.grad = tensor.distribute_tensor(p.grad.full_tensor(), one, [tensor.Shard(0)])
+    for per in (Units(0), "unit"):
+        assert names.clip_grad_norm_(p, INF, per=per)[0].full_tensor().tolist() == 2.5
+
+
+@on_a_mesh
+def test_dtensors_beside_plain_tensors_are_refused(mesh):
+    tensor, one = mesh
+    ps = [parameter([3.0]), parameter([4.0])]
+    ps[0].grad = tensor.distribute_tensor(ps[0].grad, one, [tensor.Shard(0)])
+    with pytest.raises(LeafError, match=r"^grads\[0\] is a torch DTensor array and grads\[1\] a torch array"):
+        names.clip_grad_norm_(ps, 1.0)
+    assert (ps[0].grad.full_tensor().tolist(), ps[1].grad.tolist()) == ([3.0], [4.0])
+
+
 @pytest.mark.full
 def test_with_two_processes(tmp_path):
-    """Under DDP, and FSDP2 where this torch has it by that name."""
+    """Under DDP, DTensors on meshes of one and two axes, and FSDP2 where this torch has it by that name."""
     here = str(Path(gradclip.__file__).parents[1])
     path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

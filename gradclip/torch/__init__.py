@@ -13,8 +13,13 @@ pairs, and a list in which no tensor is a `torch.nn.Parameter`, has a gradient o
 weights (of a `state_dict()`), or gradients themselves. A frozen model is none of these: its norm is 0.
 
 **GradScaler**: call ``scaler.unscale_(optimizer)`` first, as with PyTorch's, and pass nothing for it. `divide_by` is
-for a loss scale of your own: gradients come out divided by it, and `scaler.step` would divide them again. **DDP** has
-averaged the gradients already: pass nothing for it.
+for a loss scale of your own: gradients come out divided by it, and `scaler.step` would divide them again.
+
+**Several ranks**: DDP has averaged the gradients already, and FSDP2's are DTensors, which know their mesh: pass
+nothing. Of DTensors each rank measures and scales its own parts, one collective for each axis of the mesh that shards
+joins the norm of the whole, and the norm is a DTensor, as PyTorch's is: `norm.full_tensor()`. (Not of units and
+examples: these are left to torch, which refuses axes that are not divided evenly.) FSDP1's are plain tensors, each
+rank's part: join them by `all_reduce`.
 """
 
 from __future__ import annotations
@@ -69,8 +74,8 @@ def clip_grad_norm_(
     Returns
     -------
     0-d tensor
-        The norm before clipping, on the device of the first gradient; ``tensor(0.)`` if there is none. With `per`: in
-        the form of `gradclip.norms`, lists being in the order of the parameters.
+        The norm before clipping, on the device of the first gradient; ``tensor(0.)`` if there is none; of DTensors a
+        DTensor. With `per`: in the form of `gradclip.norms`, lists being in the order of the parameters.
 
     Raises
     ------
