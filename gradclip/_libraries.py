@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from operator import attrgetter
@@ -25,12 +25,24 @@ class Library(NamedTuple):
     backend: str  # the class
     immutable: str = ""  # where its arrays cannot be written to: what a message says of one
     is_plain: Callable[[Any], bool] = lambda x: False  # told at once: each element can be written to by itself
+    are_alike: Callable[[Sequence[Any]], bool] = lambda leaves: True  # whether type and dtype say all of each
+
+
+def _is_plain_tensor(x: Any) -> bool:
+    refused = x.requires_grad or x.is_inference() or getattr(x._base, "requires_grad", False)
+    return not refused and x.is_contiguous()
+
+
+def _are_dense(tensors: Sequence[Any]) -> bool:
+    found = set(map(attrgetter("layout", "is_nested"), tensors))
+    return [(str(layout), nested) for layout, nested in found] == [("torch.strided", False)]
 
 
 LIBRARIES = {
     "numpy": Library(array_api_compat.is_numpy_array, "NumpyBackend", is_plain=attrgetter("flags.carray")),
     "jax": Library(array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
     "cupy": Library(array_api_compat.is_cupy_array, "CupyBackend", is_plain=lambda x: 0 not in x.strides),
+    "torch": Library(array_api_compat.is_torch_array, "TorchBackend", is_plain=_is_plain_tensor, are_alike=_are_dense),
 }
 
 
@@ -38,11 +50,11 @@ def library(x: Any) -> str | None:
     """The name of the library that `x` belongs to, None if it is no array."""
     if type(x) is float or type(x) is int:
         return None
+    if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
+        return "torch DTensor"
     for name, known in LIBRARIES.items():
         if known.owns(x):
             return name
-    if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
-        return "torch DTensor"
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
         try:
             return str(array_api_compat.array_namespace(x).__name__).removeprefix("array_api_compat.").split(".")[0]

@@ -1,0 +1,47 @@
+"""PyTorch: plain tensors go to who does them best, what torch must see, to trace or differentiate it, to the reference.
+
+`host` does plain tensors on the CPU, by NumPy and torch's own products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+
+from gradclip._backends.generic import Backend
+from gradclip._backends.torch.host import HostBackend
+from gradclip._types import Array
+
+_requires_grad = attrgetter("requires_grad")
+
+
+class TorchBackend(Backend):
+    """The work on `torch.Tensor`s of any sort."""
+
+    def __init__(self) -> None:
+        super().__init__(xp)
+        self._host = HostBackend()
+
+    def adopt(self, leaves: Sequence[Array], bounds: Sequence[Any] = ()) -> tuple[Backend, Sequence[Array]]:
+        if not leaves or _is_seen(leaves, bounds):
+            return self, leaves
+        found = self._host.tensors(leaves)
+        return (self, leaves) if found is None else (self._host, found)
+
+
+def _is_seen(leaves: Sequence[Array], bounds: Sequence[Any]) -> bool:
+    """Whether more is to come of the work than its results: a graph of derivatives, a trace, a call of a subclass."""
+    tensors = [x for x in bounds if isinstance(x, torch.Tensor)]
+    return (
+        set(map(type, leaves)) != {torch.Tensor}
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and True in (*map(_requires_grad, leaves), *map(_requires_grad, tensors)))
+        or any(type(x) is not torch.Tensor or x.is_meta for x in tensors)
+    )
