@@ -649,7 +649,7 @@ def test_dtensors(mesh):
 
 @on_a_mesh
 @pytest.mark.skipif(torch.__version__.startswith("2.5."), reason="torch 2.5 cannot index a DTensor")
-def test_dtensors_that_torch_must_join_itself(mesh):
+def test_dtensors_that_torch_must_join_itself(mesh, monkeypatch):
     """Sums that are yet to be made, whose parts have other norms; and groups along an axis."""
     tensor, one = mesh
     p = parameter([3.0, 4.0])
@@ -657,8 +657,17 @@ def test_dtensors_that_torch_must_join_itself(mesh):
     assert names.clip_grad_norm_(p, 2.5).full_tensor().tolist() == 5.0
     assert p.grad.full_tensor().tolist() == [1.5, 2.0]
     p.grad = tensor.distribute_tensor(p.grad.full_tensor(), one, [tensor.Shard(0)])
+    asked = []
+    monkeypatch.setattr(
+        importlib.import_module("gradclip.torch._dtensors"), "parts", lambda x: asked.append(x) or (x, None)
+    )
     for per in (Units(0), "unit"):
         assert names.clip_grad_norm_(p, INF, per=per)[0].full_tensor().tolist() == 2.5
+    assert names.clip_grad_norm_(p, INF, per="example").full_tensor().tolist() == [1.5, 2.0]
+    assert asked == []
+    for per in (None, "leaf", ["all"]):
+        names.clip_grad_norm_(p, INF, per=per)
+    assert len(asked) == 3, "all others by parts"
 
 
 @on_a_mesh

@@ -85,11 +85,12 @@ def units() -> None:
     """Groups along an axis, which may be the one that is sharded: torch joins them, where it can."""
     model, plain = network(4, 2), network(4, 2)
     dist.fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    ours, theirs = after_backward(model), after_backward(plain)
-    norms, wants = (clip_grad_norm_(x, 0.25, per=gradclip.Units(0)) for x in (ours, theirs))
-    for norm, want in zip(norms, wants, strict=True):
-        torch.testing.assert_close(norm.full_tensor(), want, rtol=1e-6, atol=0)
-    alike(ours, theirs)
+    for per in (gradclip.Units(0), "unit"):
+        ours, theirs = after_backward(model), after_backward(plain)
+        norms, wants = (clip_grad_norm_(x, 0.25, per=per) for x in (ours, theirs))
+        for norm, want in zip(norms, wants, strict=True):
+            torch.testing.assert_close(norm.full_tensor(), want, rtol=1e-6, atol=0)
+        alike(ours, theirs)
 
 
 def placed(rank: int, shape: tuple[int, ...], *placements: Any) -> None:
