@@ -391,6 +391,8 @@ def test_bad_bounds(max_norm):
             call(p, max_norm)
     with pytest.raises(ValueError, match=r"^clip_value must be >= 0"):
         names.clip_grad_value_(p, max_norm)
+    with pytest.raises(TypeError, match=r"^total_norm must be a number or a 0-d tensor, got None: get_total_norm"):
+        names.clip_grads_with_norm_(p, 1.0, None)
     assert p.grad.tolist() == [3.0, 4.0]
 
 

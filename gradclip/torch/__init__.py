@@ -7,10 +7,11 @@ adds 1e-6 to the norm, counts leaves where p = 0, and leaves 0 beside NaN where 
 and chooses nothing: gradclip has one way on each device. Nothing is recorded by autograd.
 
 **Parameters** come as an iterable of tensors or as one tensor. Those without a `.grad` are left out, and keep their
-place: errors call the gradient of the fourth parameter ``grads[3]``, norms and bounds by leaf are lists in the order of
-the parameters, and so are the labels of `per`. What has no gradients to clip is refused: modules, dicts, key-value
-pairs, and a list in which no tensor is a `torch.nn.Parameter`, has a gradient or requires one: those are values of
-weights (of a `state_dict()`), or gradients themselves. A frozen model is none of these: its norm is 0.
+place: errors call the gradient of the fourth parameter ``grads[3]`` (its name is the fourth of those that
+`model.named_parameters()` gives), norms and bounds by leaf are lists in the order of the parameters, and so are the
+labels of `per`. What has no gradients to clip is refused: modules, dicts, key-value pairs, and a list in which no
+tensor is a `torch.nn.Parameter`, has a gradient or requires one: those are values of weights (of a `state_dict()`), or
+gradients themselves. A frozen model is none of these: its norm is 0.
 
 **GradScaler**: call ``scaler.unscale_(optimizer)`` first, as with PyTorch's, and pass nothing for it. `divide_by` is
 for a loss scale of your own: gradients come out divided by it, and `scaler.step` would divide them again.
