@@ -130,7 +130,10 @@ def unsuitable(x: Any) -> str:
     """What an array of a special class is, and what to pass instead; empty for any other."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     if _is(x, "torch.nn", "Parameter"):
-        return "a torch Parameter: pass its gradient (p.grad), or the weights would be clipped"
+        return (
+            "a torch Parameter: pass its gradient (p.grad), or the weights would be clipped; "
+            "the functions of gradclip.torch take parameters"
+        )
     layout = str(getattr(x, "layout", "strided")) if _is(x, "torch", "Tensor") else "strided"
     if "sparse" in kind or "sparse" in layout:
         return f"a sparse array ({kind}): make it dense first; its stored duplicates would spoil the norm"
