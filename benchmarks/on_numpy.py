@@ -7,7 +7,7 @@ all leaves before it scales them can do with less than that read and one multipl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,8 @@ FUNCTIONAL = "gradclip clip_grad_norm"
 EACH = "gradclip clip_grad_norm_, per leaf"
 
 
-class Gradients:
-    """A tree that contenders may write to, put back between samples; and a bound that always clips.
+class Bounds:
+    """Bounds that always clip, given the sum of squares of each leaf.
 
     A gradient that was clipped to a bound is not clipped by that bound again. So each call gets a bound a little lower
     than the last, half the norm at first: every call of a sample does the same work, and shrinks what it scales by one
@@ -44,20 +44,13 @@ class Gradients:
 
     step = 1 - 1e-4
 
-    def __init__(self, tree: Mapping[str, Array]) -> None:
-        self.tree = dict(tree)
-        self.leaves = list(self.tree.values())
-        self.flat = [leaf.reshape(-1) for leaf in self.leaves]
-        self._kept = [leaf.copy() for leaf in self.leaves]
-        squares = [_sum_of_squares(leaf) for leaf in self.flat]
+    def __init__(self, squares: Sequence[float]) -> None:
         self.norm = math.sqrt(sum(squares))
         self._least = math.sqrt(min(squares))  # the norm of a leaf
-        self._bound = self.norm / 2
-        self._bound_of_each = self._least / 2
+        self.begin()
 
-    def restore(self) -> None:
-        for leaf, kept in zip(self.leaves, self._kept, strict=True):
-            np.copyto(leaf, kept)
+    def begin(self) -> None:
+        """Anew, for gradients as they were at first."""
         self._bound = self.norm / 2
         self._bound_of_each = self._least / 2
 
@@ -72,6 +65,22 @@ class Gradients:
 
     def idle_bound(self) -> float:
         return 2 * self.norm
+
+
+class Gradients(Bounds):
+    """A tree that contenders may write to, put back between samples."""
+
+    def __init__(self, tree: Mapping[str, Array]) -> None:
+        self.tree = dict(tree)
+        self.leaves = list(self.tree.values())
+        self.flat = [leaf.reshape(-1) for leaf in self.leaves]
+        self._kept = [leaf.copy() for leaf in self.leaves]
+        super().__init__([_sum_of_squares(leaf) for leaf in self.flat])
+
+    def restore(self) -> None:
+        for leaf, kept in zip(self.leaves, self._kept, strict=True):
+            np.copyto(leaf, kept)
+        self.begin()
 
 
 def _sum_of_squares(flat: Array) -> float:
@@ -105,7 +114,9 @@ def floors(g: Gradients) -> dict[str, Callable[[], object]]:
 
 
 def torch_peers(g: Gradients, threads: int) -> dict[str, Callable[[], object]]:
-    """torch on the same memory. The parameters stand on it too: clipping looks at their `.grad` only.
+    """torch, given tensors on the memory of the NumPy arrays that gradclip is given.
+
+    The parameters stand on it too: clipping looks at their `.grad` only.
 
     With several threads, also on one: for small trees that is the faster of the two, by far on a busy machine.
     """
@@ -117,10 +128,11 @@ def torch_peers(g: Gradients, threads: int) -> dict[str, Callable[[], object]]:
         param.grad = tensor
     clip = torch.nn.utils.clip_grad_norm_
     calls: dict[str, Callable[[], object]] = {
-        TORCH_NORM: lambda: torch.nn.utils.get_total_norm(tensors),
         TORCH: lambda: clip(params, g.bound()),
         TORCH_IDLE: lambda: clip(params, g.idle_bound()),
     }
+    if hasattr(torch.nn.utils, "get_total_norm"):  # torch 2.6
+        calls = {TORCH_NORM: lambda: torch.nn.utils.get_total_norm(tensors), **calls}
     return calls if threads == 1 else calls | {name + ONE_THREAD: call for name, call in calls.items()}
 
 

@@ -35,10 +35,21 @@ class Table:
     rows: list[Row]
 
     @classmethod
-    def of(cls, timings: Timings, reference: str, *, title: str, tree: str, dtype: str) -> Table:
+    def of(
+        cls,
+        timings: Timings,
+        reference: str,
+        *,
+        title: str,
+        tree: str,
+        dtype: str,
+        partners: Mapping[str, str] | None = None,
+    ) -> Table:
+        """`partners`: contenders whose ratios are not to one reference, and to what they are. `reference` describes it."""
         rows = []
         for name in timings.samples:
-            time, ratio = timings.spread(name), timings.ratio(name, reference)
+            beside = reference if partners is None else partners.get(name, name)
+            time, ratio = timings.spread(name), timings.ratio(name, beside)
             us = (1e6 * time.median, 1e6 * time.low, 1e6 * time.high)
             rows.append(Row(name, *us, ratio.median, ratio.low, ratio.high))
         return cls(title, tree, dtype, reference, timings.rounds, rows)

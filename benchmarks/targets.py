@@ -77,4 +77,10 @@ TARGETS: dict[str, Target] = {
     "per element": Target(12, "cost per million elements", None, "us"),
     "in-place memory": Target(13, "clip_grad_norm_, peak extra memory", 4.0, "MB"),
     "functional memory": Target(13, "clip_grad_norm, peak extra memory beyond its output", 4.0, "MB"),
+    "tensors": Target(14, "tensors: clip_grad_norm_ / torch", 1.0),
+    "tensors, float16": Target(14, "tensors: clip_grad_norm_ / torch", 1.5),
+    "tensors, 50 leaves": Target(14, "tensors: clip_grad_norm_ / torch", 1.5),
+    "tensors, no aim": Target(14, "tensors: clip_grad_norm_ / torch", None),
+    "tensors, compiled": Target(14, "tensors, compiled: clip_grad_norm_ / torch", None),
+    "tensors, compilation": Target(14, "tensors: time to compile clip_grad_norm_ / torch", None),
 }
