@@ -112,4 +112,11 @@ def run(settings: Settings) -> Section:
         for dtype in DTYPES:
             for threads in limits:
                 contest(model, dtype, threads, settings, section)
+    if settings.short:
+        section.not_run.append("torch tensors, compiled: not in short mode")
+        return section
+    from benchmarks import torch_compiled
+
+    for model in (MODELS["mlp"], LEAVES_64):
+        torch_compiled.contest(model, settings, section)
     return section
