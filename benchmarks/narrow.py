@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.on_numpy import (
     CLIP,
     FUNCTIONAL,
+    GIVEN,
     NORM,
     ONE_THREAD,
     TORCH,
@@ -55,7 +56,7 @@ def contest(model: Model, dtype: Any, settings: Settings, section: Section) -> N
         f"NumPy, {name}, {model.name}", contenders, settings.effort, prepare=preparation(g, settings.threads)
     )
     where = {"tree": model.name, "dtype": name}
-    title = f"NumPy, {name}, {model.described(2)}"
+    title = f"NumPy, {name}, {model.described(2)}{GIVEN}"
     section.tables.append(Table.of(timings, NAIVE, title=title, **where))
     section.add("narrow norm", model.parameters / timings.spread(NORM).median / 1e9, **where)
     section.compare(

@@ -2,6 +2,8 @@
 
 Floors run on one thread: `np.dot` of each leaf with itself reads all once, and nothing that has to know the norm of
 all leaves before it scales them can do with less than that read and one multiplication after it.
+
+gradclip is given the NumPy arrays, and torch tensors on the same memory. `on_torch` gives the same tensors to both.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ TORCH_NORM = "torch get_total_norm"
 TORCH = "torch clip_grad_norm_"
 TORCH_IDLE = "torch clip_grad_norm_, nothing to clip"
 ONE_THREAD = ", one thread"
+GIVEN = "; torch is given tensors on the same memory"
 NORM = "gradclip global_norm"
 CLIP = "gradclip clip_grad_norm_"
 IDLE = "gradclip clip_grad_norm_, nothing to clip"
@@ -181,7 +184,7 @@ def contest(model: Model, settings: Settings, section: Section) -> None:
     contenders |= ours(g)
     timings = compete(f"NumPy, {model.name}", contenders, settings.effort, prepare=preparation(g, settings.threads))
     where = {"tree": model.name, "dtype": "float32"}
-    section.tables.append(Table.of(timings, READ, title=f"NumPy, {model.described()}", **where))
+    section.tables.append(Table.of(timings, READ, title=f"NumPy, {model.described()}{GIVEN}", **where))
     if model.parameters > 10_000_000:
         section.compare(timings, where, ("norm", NORM, READ), ("in place", CLIP, IN_PLACE))
         if settings.threads > 1:

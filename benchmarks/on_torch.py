@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -96,7 +95,7 @@ def contest(model: Model, dtype: str, threads: int, settings: Settings, section:
     with limited(threads, settings.threads):
         timings = compete(title, calls(t), settings.effort, prepare=lambda name: t.restore())
     where = {"tree": f"{model.name}, {on}", "dtype": dtype}
-    section.tables.append(Table.of(timings, "torch's own", title=title, partners=PARTNERS, **where))
+    section.tables.append(Table.of(timings, "torch's own", PARTNERS, title=title, **where))
     section.compare(timings, where, (aim(model, dtype), CLIP, TORCH))
 
 

@@ -39,13 +39,14 @@ class Table:
         cls,
         timings: Timings,
         reference: str,
+        partners: Mapping[str, str] | None = None,
+        /,
         *,
         title: str,
         tree: str,
         dtype: str,
-        partners: Mapping[str, str] | None = None,
     ) -> Table:
-        """`partners`: contenders whose ratios are not to one reference, and to what they are. `reference` describes it."""
+        """With `partners` each contender's ratio is to its own one, and `reference` says in words what these are."""
         rows = []
         for name in timings.samples:
             beside = reference if partners is None else partners.get(name, name)

@@ -65,7 +65,7 @@ def contest(model: Model, settings: Settings, section: Section) -> None:
     title = f"torch tensors, compiled, {model.described()}"
     timings = compete(title, calls, settings.effort, prepare=lambda name: t.restore())
     where = {"tree": model.name, "dtype": "float32"}
-    section.tables.append(Table.of(timings, "torch's own", title=title, partners=PARTNERS, **where))
+    section.tables.append(Table.of(timings, "torch's own", PARTNERS, title=title, **where))
     section.compare(timings, where, ("tensors, compiled", COMPILED, TORCH_COMPILED))
 
     def prepare(name: str) -> None:
@@ -74,7 +74,7 @@ def contest(model: Model, settings: Settings, section: Section) -> None:
 
     cold = {name: partial(from_scratch, clip, t) for name, clip in CLIPS.items()}
     title = f"{title}, compilation"
-    timings = compete(title, cold, Effort(least_rounds=3), prepare=prepare, cold=True)
+    timings = compete(title, cold, Effort(least_rounds=2), prepare=prepare, cold=True)
     section.tables.append(Table.of(timings, TORCH_COMPILED, title=title, **where))
     section.compare(timings, where, ("tensors, compilation", COMPILED, TORCH_COMPILED))
 
