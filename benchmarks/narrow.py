@@ -14,9 +14,11 @@ from benchmarks.on_numpy import (
     CLIP,
     FUNCTIONAL,
     GIVEN,
+    NO_NORM,
     NORM,
     ONE_THREAD,
     TORCH,
+    TORCH_NORM,
     Gradients,
     ours,
     preparation,
@@ -48,6 +50,7 @@ def contest(model: Model, dtype: Any, settings: Settings, section: Section) -> N
     try:
         peers = torch_peers(g, settings.threads)
         contenders |= {name: call for name, call in peers.items() if "nothing" not in name}
+        section.not_run += [] if TORCH_NORM in peers else [NO_NORM]
     except ImportError as error:
         section.not_run.append(f"torch beside NumPy's narrow dtypes: {error}")
     contenders |= {name: call for name, call in ours(g).items() if name in (NORM, CLIP, FUNCTIONAL)}

@@ -29,6 +29,7 @@ TORCH_NORM = "torch get_total_norm"
 TORCH = "torch clip_grad_norm_"
 TORCH_IDLE = "torch clip_grad_norm_, nothing to clip"
 ONE_THREAD = ", one thread"
+NO_NORM = f"{TORCH_NORM}: torch before 2.6 has none"
 GIVEN = "; torch is given tensors on the same memory"
 NORM = "gradclip global_norm"
 CLIP = "gradclip clip_grad_norm_"
@@ -179,6 +180,7 @@ def contest(model: Model, settings: Settings, section: Section) -> None:
     contenders[PLAIN] = lambda: plain_clip(g.tree, g.bound())
     try:
         contenders |= torch_peers(g, settings.threads)
+        section.not_run += [] if TORCH_NORM in contenders else [NO_NORM]
     except ImportError as error:
         section.not_run.append(f"torch beside NumPy: {error}")
     contenders |= ours(g)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 import gradclip.torch
-from benchmarks.on_numpy import CLIP, EACH, IDLE, TORCH, TORCH_IDLE, TORCH_NORM, Bounds
+from benchmarks.on_numpy import CLIP, EACH, IDLE, NO_NORM, TORCH, TORCH_IDLE, TORCH_NORM, Bounds
 from benchmarks.results import Section, Table
 from benchmarks.settings import Settings
 from benchmarks.timing import compete
@@ -102,7 +102,7 @@ def contest(model: Model, dtype: str, threads: int, settings: Settings, section:
 def run(settings: Settings) -> Section:
     section = Section("torch")
     if not hasattr(torch.nn.utils, "get_total_norm"):
-        section.not_run.append(f"get_total_norm of tensors: torch {torch.__version__} has none, torch 2.6 has")
+        section.not_run.append(NO_NORM)
     limits = sorted({1, settings.threads}, reverse=True)
     if settings.short and len(limits) > 1:
         section.not_run.append("torch tensors on one thread: not in short mode")
