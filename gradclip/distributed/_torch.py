@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from gradclip._types import Array, Call, ReduceOp, Tree
 from gradclip.distributed._ranks import AGREED, Ranks, head
 
-#: A message: what all ranks must agree on, then the partial, where it has room: 12 groups of 5 numbers do. Every rank
-#: sends as many numbers, so ranks that differ are still able to say so. To gloo 64 take as long as 5.
-_START, _LENGTH = len(AGREED), 65
+#: A message: what all ranks must agree on, then the partial, if there is room. Its length depends on the number of ranks
+#: alone, so ranks that differ are still able to say so. To gloo 1,024 numbers take hardly longer than 5.
+_START, _LEAST, _MOST, _TOGETHER = len(AGREED), 64, 1024, 2**16
 
 _JOIN = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 
@@ -39,11 +39,11 @@ class Torch(Ranks):
             what = op, call, mine.dtype, mine.numel()
             known = _agreed.setdefault(self.comm, set()) if self.asks_once else set()
             if what not in known and not (self.asks_once and _captures(mine)):
-                table = self._gathered(mine, op, call)
+                said = self._said(mine, op, call)
                 known.add(what)
-                if _START + mine.numel() <= _LENGTH:  # one rank after the other: the same bits on all
-                    with np.errstate(all="ignore"):
-                        joined = reduce(_JOIN[op], table[:, _START : _START + mine.numel()])
+                if said.shape[1] >= mine.numel():
+                    with np.errstate(all="ignore"):  # one rank after the other: the same bits on all
+                        joined = reduce(_JOIN[op], said[:, : mine.numel()])
                     return _like(torch.from_numpy(joined).reshape(mine.shape), partial)
             dist.all_reduce(mine, getattr(dist.ReduceOp, op.upper()), group=self.comm)
             return _like(mine, partial)
@@ -68,20 +68,24 @@ class Torch(Ranks):
         here = partial if partial.device.type == self.device else partial.to(self.device)
         return here.clone(memory_format=torch.contiguous_format)
 
-    def _gathered(self, mine: torch.Tensor, op: ReduceOp, call: Call) -> Any:
-        """The messages of all ranks, a row each. Raises ValueError, on all ranks, if they do not agree."""
-        numbers, bits = mine.reshape(-1), 8 * mine.element_size()
-        sent = torch.zeros(_LENGTH, dtype=torch.float64, device=mine.device)
-        sent[:_START] = torch.tensor(head(op, call, bits, numbers.numel()), dtype=torch.float64)
-        if _START + numbers.numel() <= _LENGTH:
-            sent[_START : _START + numbers.numel()] = numbers
-        got = sent.new_empty((dist.get_world_size(self.comm), _LENGTH))
-        dist.all_gather(list(got.unbind()), sent, group=self.comm)
+    def _said(self, mine: torch.Tensor, op: ReduceOp, call: Call) -> Any:
+        """The partials of all ranks, a row each, if there is room for them: else what there is of a message.
+
+        Raises ValueError, on all ranks, if they do not agree.
+        """
+        ranks, bits = dist.get_world_size(self.comm), 8 * mine.element_size()
+        sent = np.zeros(max(_LEAST, min(_MOST, _TOGETHER // ranks)))
+        sent[:_START] = head(op, call, bits, mine.numel())
+        if _START + mine.numel() <= sent.size:
+            sent[_START : _START + mine.numel()] = mine.cpu().numpy().reshape(-1)
+        message = torch.from_numpy(sent).to(self.device)
+        got = message.new_empty((ranks, sent.size))
+        dist.all_gather(list(got.unbind()), message, group=self.comm)
         table = got.cpu().numpy()
-        split = [i for i in range(_START) if (table[:, i] != table[0, i]).any()]
+        split = np.flatnonzero((table[:, :_START] != table[0, :_START]).any(axis=0)).tolist()
         if split:
             self.refuse(split, op, call, bits)
-        return table
+        return table[:, _START:]
 
     def gather(self, text: str) -> list[str]:
         texts: list[Any] = [None] * dist.get_world_size(self.comm)
