@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from gradclip._types import Array, Call, ReduceOp, Tree
 from gradclip.distributed._ranks import AGREED, Ranks, head
 
-#: A message: what all ranks must agree on, then the partial, if there is room. Its length depends on the number of ranks
-#: alone, so ranks that differ are still able to say so. To gloo 1,024 numbers take hardly longer than 5.
+#: A message: what all ranks must agree on, then the partial, if there is room. Its length depends on how many ranks
+#: there are alone, so ranks that differ are still able to say so. To gloo 1,024 numbers take hardly longer than 5.
 _START, _LEAST, _MOST, _TOGETHER = len(AGREED), 64, 1024, 2**16
 
 _JOIN = {"sum": np.add, "max": np.maximum, "min": np.minimum}
