@@ -33,6 +33,7 @@ NEEDS = {
     "gradclip.distributed._jax": "jax",
     "gradclip.distributed._mpi": "mpi4py",
     "gradclip.distributed._nccl": "cupy",
+    "gradclip.distributed._torch": "torch",
 }
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)

@@ -220,8 +220,9 @@ def torch(group: Any = None, replicated: Tree = None) -> Engine:
     Notes
     -----
     Where the group's backend works on the host (gloo, MPI), tensors of a device come there, so the host waits for them.
-    One `all_gather` of 65 float64 numbers shows every rank all partials and what each rank means, at every call; beyond
-    12 groups, one `all_reduce` more joins the partials. Ranks are added up in their order: the same bits on all.
+    One `all_gather` of 1,024 float64 numbers a rank (beyond 64 ranks fewer, 64 at least) shows every rank all partials
+    and what each rank means, at every call. Ranks are added up in their order: the same bits on all. Longer partials,
+    those of some 200 groups, are joined by one `all_reduce` more.
 
     Where it works on devices (NCCL), one `all_reduce` on the current stream, and the host does not wait, except on a
     rank without leaves, and at the first call of each kind on a group: that gathers those numbers before. So a rank

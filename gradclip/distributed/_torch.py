@@ -35,21 +35,22 @@ class Torch(Ranks):
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         with torch.no_grad():
-            mine = self._copied(partial)
+            mine = self._moved(partial)
             what = op, call, mine.dtype, mine.numel()
             known = _agreed.setdefault(self.comm, set()) if self.asks_once else set()
-            if what not in known and not (self.asks_once and _captures(mine)):
+            if what not in known and not _captures(mine):
                 said = self._said(mine, op, call)
                 known.add(what)
                 if said.shape[1] >= mine.numel():
                     with np.errstate(all="ignore"):  # one rank after the other: the same bits on all
-                        joined = reduce(_JOIN[op], said[:, : mine.numel()])
-                    return _like(torch.from_numpy(joined).reshape(mine.shape), partial)
-            dist.all_reduce(mine, getattr(dist.ReduceOp, op.upper()), group=self.comm)
-            return _like(mine, partial)
+                        numbers = reduce(_JOIN[op], said[:, : mine.numel()])
+                    return _like(torch.from_numpy(numbers).reshape(mine.shape), partial)
+            joined = mine.clone(memory_format=torch.contiguous_format)  # it is written to
+            dist.all_reduce(joined, getattr(dist.ReduceOp, op.upper()), group=self.comm)
+            return _like(joined, partial)
 
-    def _copied(self, partial: Array) -> torch.Tensor:
-        """A copy where the group joins: on that device of the current index if it comes from another sort of device."""
+    def _moved(self, partial: Array) -> torch.Tensor:
+        """A partial where the group joins: on the current device if it comes from another sort of device."""
         if isinstance(partial, np.ndarray | np.generic):
             return torch.tensor(partial, device=self.device)
         if not isinstance(partial, torch.Tensor):
@@ -65,8 +66,7 @@ class Torch(Ranks):
                 "torch joins numbers without their derivatives: detach the gradients, or call gradclip under "
                 "torch.no_grad()"
             )
-        here = partial if partial.device.type == self.device else partial.to(self.device)
-        return here.clone(memory_format=torch.contiguous_format)
+        return partial if partial.device.type == self.device else partial.to(self.device)
 
     def _said(self, mine: torch.Tensor, op: ReduceOp, call: Call) -> Any:
         """The partials of all ranks, a row each, if there is room for them: else what there is of a message.
@@ -100,7 +100,7 @@ def _like(joined: torch.Tensor, partial: Array) -> Array:
 
 
 def _captures(x: torch.Tensor) -> bool:
-    """Whether a CUDA graph is captured: then nothing may wait."""
+    """Whether it goes into a CUDA graph: then nothing may wait."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

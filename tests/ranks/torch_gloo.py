@@ -19,7 +19,7 @@ import mpmath
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -243,6 +243,11 @@ def communicators() -> None:
             gradclip.global_norm(mine, all_reduce=over(group, True)), float(mine[0]) if want < 5 else 4, "float32"
         )
     assert "this rank is not in" in message_of(ValueError, over, alone[1 - rank])
+    first = DeviceMesh("cpu", [0])
+    if rank:
+        assert "this rank is not in" in message_of(ValueError, over, first)
+    else:
+        assert float(gradclip.global_norm(mine, all_reduce=over(first))) == 4.0
     assert "a mesh of one dimension" in message_of(TypeError, over, square)
     for other in ("gloo", 0, dist):
         assert "takes a torch.distributed.ProcessGroup" in message_of(TypeError, over, other)
@@ -303,7 +308,7 @@ def on_devices() -> None:
     assert float(gradclip.global_norm(mine if rank else [], all_reduce=engine())) == 3.0
     elsewhere = over()
     elsewhere.device = "meta"
-    assert [elsewhere._copied(x).device.type for x in (np.ones((3, 1)), torch.ones(3, 1))] == ["meta", "meta"]
+    assert [elsewhere._moved(x).device.type for x in (np.ones((3, 1)), torch.ones(3, 1))] == ["meta", "meta"]
 
 
 def layers() -> torch.nn.Module:
