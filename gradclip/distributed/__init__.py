@@ -225,10 +225,10 @@ def torch(group: Any = None, replicated: Tree = None) -> Engine:
     those of some 200 groups, are joined by one `all_reduce` more.
 
     Where it works on devices (NCCL), one `all_reduce` on the current stream, and the host does not wait, except on a
-    rank without leaves, and at the first call of each kind on a group: that gathers those numbers before. So a rank
-    that differs from its first call on is told; one that begins to differ later is not: it gives a wrong norm, or
-    leaves the others waiting until the group's timeout. While a CUDA graph is captured nothing is gathered: call once
-    before.
+    rank without leaves (its current device is the one that joins), and at the first call of each kind on a group, which
+    gathers those numbers in place of the `all_reduce`, or before it where the partial is longer. So a rank that differs
+    from its first call on is told; one that begins to differ later is not: it gives a wrong norm, or leaves the others
+    waiting until the group's timeout. While a CUDA graph is captured nothing is gathered: call once before.
 
     For p outside 0, 1, 2, inf, -inf, twice that. ``nonfinite="error"`` raises on all ranks and names rank and key path,
     by one `all_gather_object` in that case only. A rank that raises or dies by itself leaves the others waiting until

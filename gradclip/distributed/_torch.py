@@ -34,20 +34,19 @@ class Torch(Ranks):
         self.asks_once = self.device != "cpu"  # to read what a device has gathered is to wait for it
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
-        with torch.no_grad():
-            mine = self._moved(partial)
-            what = op, call, mine.dtype, mine.numel()
-            known = _agreed.setdefault(self.comm, set()) if self.asks_once else set()
-            if what not in known and not _captures(mine):
-                said = self._said(mine, op, call)
-                known.add(what)
-                if said.shape[1] >= mine.numel():
-                    with np.errstate(all="ignore"):  # one rank after the other: the same bits on all
-                        numbers = reduce(_JOIN[op], said[:, : mine.numel()])
-                    return _like(torch.from_numpy(numbers).reshape(mine.shape), partial)
-            joined = mine.clone(memory_format=torch.contiguous_format)  # it is written to
-            dist.all_reduce(joined, getattr(dist.ReduceOp, op.upper()), group=self.comm)
-            return _like(joined, partial)
+        mine = self._moved(partial)
+        what = op, call, mine.dtype, mine.numel()
+        known = _agreed.setdefault(self.comm, set()) if self.asks_once else set()
+        if what not in known and not _captures(mine):
+            said = self._said(mine, op, call)
+            known.add(what)
+            if said.shape[1] >= mine.numel():
+                with np.errstate(all="ignore"):  # one rank after the other: the same bits on all
+                    numbers = reduce(_JOIN[op], said[:, : mine.numel()])
+                return _like(torch.from_numpy(numbers).reshape(mine.shape), partial)
+        joined = mine.clone(memory_format=torch.contiguous_format)  # it is written to
+        dist.all_reduce(joined, getattr(dist.ReduceOp, op.upper()), group=self.comm)
+        return _like(joined, partial)
 
     def _moved(self, partial: Array) -> torch.Tensor:
         """A partial where the group joins: on the current device if it comes from another sort of device."""

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import exact
 import gradclip
+from gradclip._types import Call
 from gradclip.distributed import torch as over
 
 INF = math.inf
@@ -217,6 +218,10 @@ def disagreement() -> None:
     for count in (1, 250):  # a message with a partial, beside one without; then two without
         text = message_of(ValueError, gradclip.norms, grads * (300 if rank else count), all_reduce=over())
         assert f"rank 0: {count} leaves; rank 1: 300 leaves" in text, text
+    text = message_of(ValueError, gradclip.norms, grads if rank else [], all_reduce=over())
+    assert "rank 0: 0 leaves; rank 1: 1 leaves" in text, text
+    text = message_of(ValueError, over(), torch.zeros(3 + rank, 1), "sum")
+    assert "agree on groups, and nothing was clipped" in text, text
     text = message_of(ValueError, over(), torch.zeros(3, 1, dtype=torch.float64), "sum" if rank else "max")
     assert "agree on operation, and nothing was clipped: rank 0: max; rank 1: sum" in text, text
     text = message_of(ValueError, over(), torch.zeros(3, 1, dtype=torch.float64 if rank else torch.float32), "sum")
@@ -243,6 +248,9 @@ def communicators() -> None:
             gradclip.global_norm(mine, all_reduce=over(group, True)), float(mine[0]) if want < 5 else 4, "float32"
         )
     assert "this rank is not in" in message_of(ValueError, over, alone[1 - rank])
+    assert over(alone[rank]).gather("word") == ["word"]
+    many = gradclip.norms(mine * 300, all_reduce=over(alone[rank]))
+    assert [float(x) for x in many] == [float(mine[0])] * 300
     first = DeviceMesh("cpu", [0])
     if rank:
         assert "this rank is not in" in message_of(ValueError, over, first)
@@ -268,13 +276,17 @@ def partials() -> None:
         for op, want in (("sum", 3 * whole), ("max", 2 * whole), ("min", whole)):
             fixed = whole * (rank + 1)
             fixed.flags.writeable = False
-            strided = torch.tensor(fixed.T.copy()).T
-            for given in (fixed, strided, strided.float()):
+            strided = torch.tensor(fixed.T.copy()).T if rank else torch.tensor(fixed)  # in another order on rank 1
+            for given in (fixed, fixed.astype(np.float32), strided, strided.float()):
                 joined = over()(given, op)
                 assert type(joined) is type(given)
                 assert joined.dtype == given.dtype
                 np.testing.assert_array_equal(joined, want)
                 np.testing.assert_array_equal(given, fixed)
+    for length in (1019, 1020):
+        with counted():
+            assert (over()(np.ones((length, 1)), "sum") == 2).all()
+        assert calls == ["all_gather"] + ["all_reduce"] * (length > 1019), calls
     nan = over()(torch.tensor([[math.nan if rank else 1.0, -INF if rank else INF, INF]]), "sum")
     np.testing.assert_array_equal(nan, [[math.nan, math.nan, INF]])
 
@@ -296,6 +308,10 @@ def on_devices() -> None:
                     gradclip.global_norm(mine, p, all_reduce=engine()), exact.norm([np.float64([3, 4])], p), "float32"
                 )
             assert calls == ["all_gather"] * asked + ["all_reduce"] * (passes - asked), calls
+    for p, op in ((2.0, "sum"), (2.0, "max"), (1.0, "max")):  # other calls than those before
+        with counted():
+            assert (engine().join(np.ones((7, 1)), op, Call(p)) == (2 if op == "sum" else 1)).all()
+        assert calls == ["all_gather"], calls
     for count in (2, 300):
         many = mine * (count if rank else count + 1)
         text = message_of(ValueError, gradclip.clip_grad_norm_, many, 1.0, per="leaf", all_reduce=engine())
