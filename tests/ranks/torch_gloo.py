@@ -390,6 +390,17 @@ def fsdp2() -> None:
     assert float(recipe("fsdp2", model=Model(), mesh=mesh)["norm"]) == 5.0
     torch.testing.assert_close(weight.grad.full_tensor(), torch.full((3, 2), 0.4))
     torch.testing.assert_close(bias.grad.full_tensor(), torch.tensor([0.2]))
+    if torch.__version__ >= "2.13":  # 2.5 runs it on GPUs only
+        from torch.distributed.fsdp import fully_shard
+
+        x, plain, model = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -1.0]]), layers(), layers()
+        fully_shard(model, mesh=mesh)
+        for each in (plain, model):
+            each(x).sum().backward()
+        want = exact.norm([p.grad.numpy() for p in plain.parameters()])
+        exact.check_norm(recipe("fsdp2", model=model, mesh=mesh)["norm"], want, "float32")
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad / float(want))
 
 
 def dtensors() -> None:
