@@ -36,6 +36,7 @@ NEEDS = {
     "gradclip.torch": "torch",
     "gradclip.torch._dtensors": "torch",
     "gradclip.torch._parameters": "torch",
+    "gradclip.distributed._torch": "torch",
 }
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)
