@@ -253,7 +253,9 @@ def test_two_devices_labels_shards_bounds_and_sums(posing: Posing) -> None:
     def all_reduce(partial: Any, op: str) -> Any:
         posing.wait()
         seen.append((type(partial), op))
-        return posing.tensor(posing.cupy.asarray(2 * partial.numpy()))
+        joined = posing.tensor(posing.cupy.asarray(2 * partial.numpy()))
+        posing.wait()
+        return joined
 
     grads, norm = gradclip.clip_grad_norm([a, b], 1.0)
     joined = gradclip.global_norm([a, b], all_reduce=all_reduce)
