@@ -146,6 +146,16 @@ def unsuitable(x: Any) -> str:
     return ""
 
 
+def engine_instead(x: Any) -> str:
+    """The maker of `all_reduce` that is wanted in place of a library's own collective, or group; empty for others."""
+    named = "torch.distributed"
+    own = getattr(sys.modules.get(named), "all_reduce", None)
+    raw = own is not None and getattr(x, "func", x) is own  # a functools.partial of it, too
+    if raw or _is(x, named, "ProcessGroup") or _is(x, "torch.distributed.device_mesh", "DeviceMesh"):
+        return "gradclip.distributed.torch(group)"
+    return ""
+
+
 def _is(x: Any, module: str, name: str) -> bool:
     """isinstance without importing the library."""
     kind = getattr(sys.modules.get(module), name, None)

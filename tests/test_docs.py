@@ -29,6 +29,7 @@ MODULES = sorted(
 
 #: Engines, and `gradclip.distributed`, whose example with JAX is run.
 NEEDS = {
+    "gradclip._backends.torch.cuda": "cupy",
     "gradclip.distributed": "jax",
     "gradclip.distributed._jax": "jax",
     "gradclip.distributed._mpi": "mpi4py",
@@ -36,6 +37,7 @@ NEEDS = {
     "gradclip.torch": "torch",
     "gradclip.torch._dtensors": "torch",
     "gradclip.torch._parameters": "torch",
+    "gradclip.distributed._torch": "torch",
 }
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)

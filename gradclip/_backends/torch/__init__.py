@@ -1,11 +1,14 @@
 """PyTorch: plain tensors go to who does them best, what torch must see, to trace or differentiate it, to the reference.
 
-`host` does plain tensors on the CPU, by NumPy and torch's own products.
+`host` does plain tensors on the CPU, by NumPy and torch's own products; `cuda` those on GPUs, by CuPy's kernels, and
+`foreach` without CuPy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -13,10 +16,12 @@ import array_api_compat.torch as xp
 import torch
 
 from gradclip._backends.generic import Backend
+from gradclip._backends.torch.foreach import ForeachBackend
 from gradclip._backends.torch.host import HostBackend
+from gradclip._backends.torch.plain import PlainBackend
 from gradclip._types import Array
 
-_requires_grad = attrgetter("requires_grad")
+_is_cuda, _requires_grad = attrgetter("is_cuda"), attrgetter("requires_grad")
 
 
 class TorchBackend(Backend):
@@ -29,8 +34,23 @@ class TorchBackend(Backend):
     def adopt(self, leaves: Sequence[Array], bounds: Sequence[Any] = ()) -> tuple[Backend, Sequence[Array]]:
         if not leaves or _is_seen(leaves, bounds):
             return self, leaves
-        found = self._host.tensors(leaves)
-        return (self, leaves) if found is None else (self._host, found)
+        backends = (self._host,) if leaves[0].is_cpu else _on_gpus() if all(map(_is_cuda, leaves)) else ()
+        for backend in backends:
+            found = backend.tensors(leaves)
+            if found is not None:
+                return backend, found
+        return self, leaves
+
+
+@lru_cache
+def _on_gpus() -> tuple[PlainBackend, ...]:
+    """Those that may take tensors on GPUs, the best first. A build of torch for ROCm has no CUDA tensors."""
+    if torch.version.cuda is not None:
+        with suppress(ImportError):
+            from gradclip._backends.torch.cuda import CudaBackend
+
+            return CudaBackend(), ForeachBackend()
+    return (ForeachBackend(),)
 
 
 def _is_seen(leaves: Sequence[Array], bounds: Sequence[Any]) -> bool:
