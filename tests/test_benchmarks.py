@@ -246,7 +246,9 @@ def test_tensors_that_both_are_given():
                 writes.add(name)
             t.restore()
             assert all(map(torch.equal, before, t.grads))
-        assert writes == {on_torch.CLIP, on_torch.TORCH, on_torch.VALUE, on_torch.TORCH_VALUE, on_torch.EACH}
+        values = {on_torch.VALUE, on_torch.TORCH_VALUE}
+        assert writes - {on_torch.IN_PLACE} == {on_torch.CLIP, on_torch.TORCH, on_torch.EACH, *values}
+        assert (on_torch.IN_PLACE in writes) == (dtype != "bfloat16")  # there one part in 10,000 is rounded away
         assert all(parameter.grad is grad for parameter, grad in zip(t.parameters, t.grads, strict=True))
 
 
