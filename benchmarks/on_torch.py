@@ -26,7 +26,7 @@ NORM = "gradclip get_total_norm"
 VALUE = "gradclip clip_grad_value_"
 TORCH_VALUE = "torch clip_grad_value_"
 
-#: What each is compared with: torch's function of that name. torch has no clip per leaf, and floors are those of a clip.
+#: What each is compared with: torch's function of that name. It has no clip per leaf, and floors are those of a clip.
 PARTNERS = {
     READ: TORCH,
     IN_PLACE: TORCH,
