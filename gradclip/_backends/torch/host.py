@@ -1,6 +1,7 @@
 """Plain tensors on the CPU: norms and policy by NumPy on the same memory, products by torch, which is as fast there.
 
 torch multiplies in the threads that its user has allowed, knows bfloat16, and notes for autograd what was written to.
+A tensor that NumPy has seen cannot be resized any more: so torch has it, as after `Tensor.numpy()`.
 """
 
 from __future__ import annotations
