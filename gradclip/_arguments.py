@@ -119,6 +119,8 @@ def all_reduce(given: Any) -> AllReduce | None:
 
 def bounds(clip_value: Any, flat: Flat) -> list[tuple[Any, Any]]:
     """`clip_value` as a pair for every leaf; a lower bound of None stands for minus the upper one."""
+    if all(type(x) in (int, float) for x in (clip_value if _is_pair(clip_value) else (clip_value,))):
+        return [_limits("clip_value", clip_value)] * len(flat.values)  # as nearly always
     clip_value = lasting(clip_value, "clip_value")
     if _is_pair(clip_value) and any(map(is_container, clip_value)):
         sides = (flat.spread(side, name) for side, name in zip(clip_value, ("lo", "hi"), strict=True))

@@ -29,7 +29,8 @@ class Library(NamedTuple):
 
 
 def _is_plain_tensor(x: Any) -> bool:
-    refused = x.requires_grad or x.is_inference() or getattr(x._base, "requires_grad", False)
+    of = x._base
+    refused = x.requires_grad or x.is_inference() or (of is not None and of.requires_grad)
     return not refused and x.is_contiguous()
 
 

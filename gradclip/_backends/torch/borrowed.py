@@ -29,8 +29,8 @@ class BorrowedBackend(PlainBackend):
         super().__init__()
         self.lender = lender
 
-    def takes(self, x: Array) -> bool:
-        """Whether a tensor has an array: it is there, of a dtype that is known there, and as it lies in memory."""
+    def takes(self, leaves: Sequence[Array]) -> bool:
+        """Whether tensors have arrays: they are there, of dtypes known there, and are read as they lie in memory."""
         raise NotImplementedError
 
     def array(self, x: Array) -> Array:
@@ -48,7 +48,7 @@ class BorrowedBackend(PlainBackend):
     def tensors(self, leaves: Sequence[Array]) -> Tensors | None:
         """The leaves with their arrays; None if one has none."""
         found = Tensors(values(leaves))
-        return found if all(map(self.takes, found)) else None
+        return found if self.takes(found) else None
 
     def arrays(self, leaves: Sequence[Array]) -> Sequence[Array]:
         """The arrays of tensors, as the lender adopts them."""

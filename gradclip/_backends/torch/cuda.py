@@ -29,8 +29,8 @@ class CudaBackend(BorrowedBackend):
     def __init__(self) -> None:
         super().__init__(CupyBackend())
 
-    def takes(self, x: Array) -> bool:
-        return x.dtype in _dtypes() and not (x.is_conj() or x.is_neg())
+    def takes(self, leaves: Sequence[Array]) -> bool:
+        return not any(x.dtype not in _dtypes() or x.is_conj() or x.is_neg() for x in leaves)
 
     def array(self, x: Array) -> Array:
         dtype = _dtypes()[x.dtype]

@@ -23,7 +23,7 @@ from gradclip._groups import Groups
 from gradclip._scaled import Factors
 from gradclip._types import Array
 
-_dtype = attrgetter("dtype")
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 #: Within these a factor is one step, in float32 too.
 _LEAST, _MOST = 2.0**-126, 2.0**126
@@ -42,19 +42,8 @@ class _Memory:
 
     __slots__ = ("__array_interface__", "tensor")
 
-    def __init__(self, x: Array) -> None:
-        address = x.data_ptr()
-        if address == 0 and x.numel():
-            raise RuntimeError(f"a gradient of shape {tuple(x.shape)} has no memory: its storage was freed")
-        strides = None if x.is_contiguous() else tuple([n * x.itemsize for n in x.stride()])
-        self.tensor = x
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": tuple(x.shape),
-            "strides": strides,
-            "typestr": _TYPES[x.dtype],
-            "version": 3,
-        }
+    tensor: Array
+    __array_interface__: dict[str, Any]
 
 
 class HostBackend(BorrowedBackend):
@@ -64,11 +53,24 @@ class HostBackend(BorrowedBackend):
         self._numpy = NumpyBackend()
         super().__init__(self._numpy)
 
-    def takes(self, x: Array) -> bool:
-        return x.is_cpu and not (x.is_conj() or x.is_neg())
+    def takes(self, leaves: Sequence[Array]) -> bool:
+        odd = any(map(torch.Tensor.is_conj, leaves)) or any(map(torch.Tensor.is_neg, leaves))
+        return all(map(_is_cpu, leaves)) and not odd
 
     def array(self, x: Array) -> Array:
-        return np.asarray(_Memory(x))
+        if x.data_ptr() == 0 and x.numel():
+            raise RuntimeError(f"a gradient of shape {tuple(x.shape)} has no memory: its storage was freed")
+        memory = _Memory()
+        memory.tensor = x
+        memory.__array_interface__ = told = {
+            "data": (x.data_ptr(), False),
+            "shape": x.shape,
+            "typestr": _TYPES[x.dtype],
+            "version": 3,
+        }
+        if not x.is_contiguous():
+            told["strides"] = tuple([n * x.itemsize for n in x.stride()])
+        return np.asarray(memory)
 
     tensor = staticmethod(torch.from_numpy)
 
@@ -90,6 +92,13 @@ class HostBackend(BorrowedBackend):
         factor, shift = scaling.both(factors, groups.count)
         if in_place and may_overlap(leaves):
             return super().scale(leaves, Factors(torch.from_numpy(factor), torch.from_numpy(shift)), groups, in_place)
+        if groups.count == 1 and not groups.kept and len(set(map(_dtype, leaves))) == 1:
+            f, s, x = float(factor[0]), float(shift[0]), leaves[0]
+            if f == s == 1:
+                return leaves
+            if in_place and not x.is_complex() and _is_one_step(f, s, x, groups.wide[0]):
+                torch._foreach_mul_(leaves, [_as_tensor(f, x.dtype)] * len(leaves))
+                return leaves
         changes = (factor != 1) | (shift != 1)
         changed, by, others = [], [], [i for i in groups.kept if changes[groups.of(i)].any()]
         whole = [i for i, axis in enumerate(groups.keep) if axis is None]
@@ -97,7 +106,7 @@ class HostBackend(BorrowedBackend):
         for i, group, f, s in zip(whole, first, factor[first].tolist(), shift[first].tolist(), strict=True):
             if f == s == 1:
                 continue
-            if (f != f or (s == 1 and _LEAST <= f <= _MOST)) and not _wider(leaves[i], groups, group):
+            if _is_one_step(f, s, leaves[i], groups.each_wide[group]):
                 changed.append(i)
                 by.append(f)
             else:
@@ -137,8 +146,8 @@ class HostBackend(BorrowedBackend):
         factor, shift = scaling.both(factors, groups.count)
         for i in sorted({*which}.difference(known)):
             out[i] = target = leaves[i] if in_place else torch.empty_like(leaves[i])
-            at, wide = groups.of(i), _wider(leaves[i], groups, groups.base[i])
-            _multiply(leaves[i], target, factor[at], shift[at], groups.keep[i], wide)
+            at = groups.of(i)
+            _multiply(leaves[i], target, factor[at], shift[at], groups.keep[i], groups.wide[groups.block[i]])
 
 
 def _multiply(leaf: Array, out: Array, factor: Array, shift: Array, keep: int | None, wide: bool) -> None:
@@ -157,17 +166,20 @@ def _multiply(leaf: Array, out: Array, factor: Array, shift: Array, keep: int | 
         y.copy_(product.masked_fill_(by[len(by) // 2] == 0, 0) if zero else product)
 
 
-def _as_tensors(numbers: Sequence[float], leaves: Sequence[Array]) -> list[Array]:
-    """Numbers to multiply leaves by, in half the time. In place, too, they are then rounded to float32 for 16-bit
-    leaves, not to these leaves' own dtype.
+def _is_one_step(factor: float, shift: float, x: Array, wide: bool) -> bool:
+    """Whether torch's product with one number is what is wanted: not if it is to be formed wider than the leaf."""
+    usual = factor != factor or (shift == 1 and _LEAST <= factor <= _MOST)
+    return usual and (not wide or x.dtype in (torch.float64, torch.complex128))
+
+
+def _as_tensor(number: float, dtype: Any) -> Array:
+    """A number to multiply leaves by, in half the time. In place, too, it is then rounded to float32 for 16-bit leaves,
+    not to these leaves' own dtype.
     """
-    known = {
-        sort: torch.tensor(sort[0], dtype=torch.float64 if sort[1] is torch.float64 else torch.float32)
-        for sort in set(zip(numbers, map(_dtype, leaves), strict=True))
-    }
-    return [known[sort] for sort in zip(numbers, map(_dtype, leaves), strict=True)]
+    return torch.tensor(number, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
 
 
-def _wider(x: Array, groups: Groups, group: int) -> bool:
-    """Whether its product is to be formed wider than torch would: the group's norm is float64."""
-    return True in groups.wide and groups.each_wide[group] and x.dtype not in (torch.float64, torch.complex128)
+def _as_tensors(numbers: Sequence[float], leaves: Sequence[Array]) -> list[Array]:
+    sorts = list(zip(numbers, map(_dtype, leaves), strict=True))
+    known = {sort: _as_tensor(*sort) for sort in set(sorts)}
+    return [known[sort] for sort in sorts]
