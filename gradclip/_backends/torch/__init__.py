@@ -1,0 +1,1 @@
+"""PyTorch: what it does better than the reference."""
