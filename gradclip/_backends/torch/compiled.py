@@ -7,7 +7,7 @@ itself runs, once, with tensors that stand for those of later runs.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, namedtuple
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, KeysView, Sequence, ValuesView
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -18,6 +18,14 @@ from gradclip._types import VERBS, Clipped, ClippedSum
 
 Form: TypeAlias = Any
 """A tree as constants that a graph can hold: ("tensor", its number), ("list", forms), ...; a constant is itself."""
+
+# Tuples, for Dynamo does not follow all unions of types.
+_CONSTANTS = (bool, int, float, str)
+_CONTAINERS = (dict, list, tuple)
+_ITERATORS = (Iterator, KeysView, ValuesView)
+_WHOLE = (str, Units)
+
+_NO_SHARDS = "shards cannot join in a program of torch.compile: clip outside of it, or join the norms and pass norm="
 
 
 class Forms:
@@ -31,7 +39,7 @@ class Forms:
         if isinstance(x, torch.Tensor):
             self.tensors.append(x)
             return "tensor", len(self.tensors) - 1
-        if x is None or isinstance(x, bool | int | float | str):
+        if x is None or isinstance(x, _CONSTANTS):
             return x
         if isinstance(x, Units):
             return "units", x.axis
@@ -42,12 +50,12 @@ class Forms:
             return "dict", len(self.classes) - 1, tuple(x.keys()), tuple([self.of(child) for child in x.values()])
         if isinstance(x, tuple) and hasattr(x, "_fields"):
             self.classes.append(type(x))
-            return "named", len(self.classes) - 1, tuple(x._fields), tuple([self.of(child) for child in x])
+            return "named", len(self.classes) - 1, tuple(type(x)._fields), tuple([self.of(child) for child in x])
         if isinstance(x, tuple):
             return "tuple", tuple([self.of(child) for child in x])
         if isinstance(x, list):
             return "list", tuple([self.of(child) for child in x])
-        if hasattr(x, "__iter__"):
+        if isinstance(x, _ITERATORS):
             return "list", tuple([self.of(child) for child in x])
         return "refused", f"an object of type {type(x).__name__}, which a program of torch.compile cannot be given"
 
@@ -74,6 +82,7 @@ def call(name: str, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: 
     """The verb of that name, with these parameters, as a program that is being traced calls it."""
     given = {parameters[i] if i < len(parameters) else f"argument_{i}": x for i, x in enumerate(args)}
     given.update(kwargs)
+    shards = given.pop("all_reduce", None)
     if given.pop("error_if_nonfinite", False):
         given["nonfinite"] = "error"
     forms = Forms()
@@ -81,20 +90,23 @@ def call(name: str, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: 
     leaves = list(forms.tensors)
     per = given.get("per", {"norms": "leaf", "clip_grad_agc": "unit"}.get(name))
     labels = None
-    if per is None or isinstance(per, str | Units):
+    if per is None or isinstance(per, _WHOLE):
         pass
-    elif isinstance(per, dict | list | tuple):
+    elif isinstance(per, _CONTAINERS):
         labels = _spread(forms.of(per), grads)
     else:
         labels = [per(path, leaf) for path, leaf in zip(_paths(grads, "grads"), leaves, strict=True)]
     if labels is not None:
         names = _named(labels)
         given["per"] = forms.tree(grads, [None if label is None else names[label] for label in labels])
-        for key, value in given.items():
-            if isinstance(value, dict) and key in ("max_norm", "norm", "clipping"):
+        for key in ("max_norm", "norm", "clipping"):
+            value = given.get(key)
+            if isinstance(value, dict):
                 given[key] = {names.get(label, label): bound for label, bound in value.items()}
-    others = tuple([(key, forms.of(value)) for key, value in given.items() if value is not None])
-    out = list(run(name.removesuffix("_"), grads, others, *forms.tensors))
+    others = [(key, forms.of(value)) for key, value in given.items() if value is not None]
+    if shards is not None:
+        others += [("all_reduce", ("refused", _NO_SHARDS))]
+    out = list(run(name.removesuffix("_"), grads, tuple(others), *forms.tensors))
     if name in ("norms", "global_norm"):
         changed, measured = [], out
     else:
@@ -108,11 +120,11 @@ def call(name: str, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: 
     norm: Any
     if labels is not None:
         norm = dict(zip(_named(labels), measured, strict=True))
-    elif per in ("leaf", "unit") or isinstance(per, Units):
+    elif isinstance(per, Units) or per in ("leaf", "unit"):
         norm = forms.tree(grads, measured)
     else:
         norm = measured[0]
-    if not changed and name in ("norms", "global_norm", "clip_grad_norm_"):
+    if name in ("norms", "global_norm", "clip_grad_norm_"):
         return norm
     return (ClippedSum if name == "clipped_sum" else Clipped)(forms.tree(grads, changed), norm)
 
