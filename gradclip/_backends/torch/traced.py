@@ -163,37 +163,38 @@ def _lengths(leaves: Sequence[Array], norm: Norm, groups: Groups, acc: Any) -> d
 
 def _row(numbers: Sequence[tuple[Number, int]], dtype: Any, device: Any) -> Array:
     """The numbers of blocks in a row, each with the number of groups that it is for."""
-    if numbers and all(isinstance(x, torch.Tensor) and x.ndim == 0 for x, _ in numbers):
+    if all(isinstance(x, torch.Tensor) and x.ndim == 0 for x, _ in numbers) and numbers:
         return torch.stack([x for x, _ in numbers])
-    return torch.cat(
-        [
-            x.reshape(-1) if isinstance(x, torch.Tensor) else torch.full((n,), x, dtype=dtype, device=device)
-            for x, n in (numbers or [(0.0, 0)])
-        ]
-    )
+    if not any(isinstance(x, torch.Tensor) for x, _ in numbers) and len({x for x, _ in numbers}) < 2:
+        return torch.full((sum(n for _, n in numbers),), numbers[0][0] if numbers else 0.0, dtype=dtype, device=device)
+    each = [(x if isinstance(x, torch.Tensor) else torch.full((n,), x, dtype=dtype, device=device)) for x, n in numbers]
+    return torch.cat([x.reshape(-1) for x in each])
 
 
-def _plain(factors: Factors) -> Steps:
-    zero = factors.factor == 0
-    return Steps(tuple(torch.where(zero, 1, x) for x in factors.steps), zero)  # 0 * inf would spoil the derivative
+def _plain(factors: Factors) -> Array:
+    """What elements are multiplied by, in this order, and last, where not 0, those that become 0 instead."""
+    zero = factors.factor == 0  # 0 * inf would spoil the derivative
+    return torch.stack([*(torch.where(zero, 1, x) for x in factors.steps), zero.to(factors.factor.dtype)])
 
 
-def _narrowed(factor: Array) -> Steps:
-    """A float64 factor as float32 steps, of which one is a power of two: beyond the range of float32 too."""
+def _narrowed(factor: Array) -> Array:
+    """A float64 factor as `_plain` gives it, in float32: so many steps that its range is no limit."""
     small, large, one = factor < 1 / _FAR, factor > _FAR, torch.ones_like(factor)
-    shift = torch.where(large, _FAR, torch.where(small, 1 / _FAR, one)).to(torch.float32)
+    shift = torch.where(large, _FAR, torch.where(small, 1 / _FAR, one))
     middle = factor * torch.where(large, _FAR**-2, torch.where(small, _FAR**2, one))
-    middle = torch.clamp(middle, max=RANGES["float32"].largest).to(torch.float32)  # not inf: 0 * inf is NaN
-    zero = middle == 0
-    return Steps((shift, torch.where(zero, 1, middle), shift), zero)
+    middle = torch.clamp(middle, max=RANGES["float32"].largest)  # not inf: 0 * inf is NaN
+    zero = middle < 2.0**-150
+    # One table, for a compiler would else decide anew for each leaf.
+    return torch.stack([x.to(torch.float32) for x in (shift, torch.where(zero, 1, middle), shift, zero)])
 
 
-def _split(steps: Steps, groups: Groups) -> list[Steps]:
+def _split(table: Array, groups: Groups) -> list[Steps]:
     """The steps of each block."""
-    if steps.zero.numel() == 1:
-        return [steps.each(lambda x: x.reshape(()))] * len(groups.shapes)
-    parts = [list(torch.split(x, list(groups.lengths))) for x in (*steps.multipliers, steps.zero)]
-    return [Steps(tuple(own[:-1]), own[-1]) for own in zip(*parts, strict=True)]
+    if table.numel() == table.shape[0]:
+        *steps, zero = torch.unbind(table.reshape(-1))
+        return [Steps(tuple(steps), zero != 0)] * len(groups.shapes)
+    parts = torch.split(table, list(groups.lengths), dim=1)
+    return [Steps(tuple(torch.unbind(x[:-1])), x[-1] != 0) for x in parts]
 
 
 def _times(leaf: Array, steps: Steps) -> Array:
