@@ -198,7 +198,8 @@ def _known(x: Any) -> Any:
 def _given(form: Form, tensors: Sequence[Any], key: str = "") -> Any:
     """What has that form, in containers as plain as it goes: what is made of it is taken apart again."""
     if isinstance(form, torch.SymFloat | torch.SymInt):
-        return float(form) if key == "norm_type" else torch.scalar_tensor(form, dtype=torch.float64)
+        # A product: of these, and not of `scalar_tensor`, torch knows how not to compile anew for another number.
+        return float(form) if key == "norm_type" else torch.ones((), dtype=torch.float64) * form
     if not isinstance(form, tuple):
         return form
     sort, last = form[0], form[-1]

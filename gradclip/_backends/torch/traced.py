@@ -8,6 +8,7 @@ are multiplied in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import array_api_compat.torch as xp
@@ -83,7 +84,8 @@ class TracedBackend(Backend):
         out: list[Number] = []
         for x in norm.terms(xp, tuple(part.to(acc) for part in parts), known):
             if isinstance(x, float):
-                out.append(x * row.shape[-1] if x else x)
+                n = row.shape[-1]
+                out.append(x * n if isinstance(n, int) or not x else x * torch.scalar_tensor(n, dtype=acc))
             elif length is not None:
                 out.append(x)
             elif op != "sum":
@@ -128,10 +130,12 @@ class TracedBackend(Backend):
             if place not in known:
                 if narrow not in by_block:
                     by_block[narrow] = _split(_narrowed(factors.factor) if narrow else _plain(factors), groups)
-                shape, device = against(leaf, keep), leaf.device
-                own = by_block[narrow][block]
-                known[place] = own.each(lambda x, shape=shape, device=device: self.move(x.reshape(shape), device))
+                known[place] = by_block[narrow][block].each(partial(self._placed, leaf, keep))
             yield leaf, known[place]
+
+    def _placed(self, leaf: Array, keep: int | None, x: Array) -> Array:
+        """The numbers of a leaf's groups, where it is, in the shape that broadcasts against it."""
+        return self.move(x.reshape(against(leaf, keep)), leaf.device)
 
     # -- around a call -------------------------------------------------------------------------------------
 
