@@ -26,6 +26,7 @@ _ITERATORS = (Iterator, KeysView, ValuesView)
 _WHOLE = (str, Units)
 
 _NO_SHARDS = "shards cannot join in a program of torch.compile: clip outside of it, or join the norms and pass norm="
+_NO_MATCH = "the tree of labels does not match the gradients: in a program of torch.compile it has their containers"
 
 
 class Forms:
@@ -82,7 +83,9 @@ def call(name: str, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: 
     """The verb of that name, with these parameters, as a program that is being traced calls it."""
     given = {parameters[i] if i < len(parameters) else f"argument_{i}": x for i, x in enumerate(args)}
     given.update(kwargs)
-    shards = given.pop("all_reduce", None)
+    refused: Any = None
+    if given.pop("all_reduce", None) is not None:
+        refused = "all_reduce", ("refused", _NO_SHARDS)
     if given.pop("error_if_nonfinite", False):
         given["nonfinite"] = "error"
     forms = Forms()
@@ -94,6 +97,9 @@ def call(name: str, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: 
         pass
     elif isinstance(per, _CONTAINERS):
         labels = _spread(forms.of(per), grads)
+        if labels is None:
+            given["per"] = None
+            refused = "per", ("refused", _NO_MATCH)
     else:
         labels = [per(path, leaf) for path, leaf in zip(_paths(grads, "grads"), leaves, strict=True)]
     if labels is not None:
@@ -103,9 +109,9 @@ def call(name: str, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: 
             value = given.get(key)
             if isinstance(value, dict):
                 given[key] = {names.get(label, label): bound for label, bound in value.items()}
-    others = [(key, forms.of(value)) for key, value in given.items() if value is not None]
-    if shards is not None:
-        others += [("all_reduce", ("refused", _NO_SHARDS))]
+    others = [(key, forms.of(value)) for key, value in given.items()]
+    if refused:
+        others += [refused]
     out = list(run(name.removesuffix("_"), grads, tuple(others), *forms.tensors))
     if name in ("norms", "global_norm"):
         changed, measured = [], out
@@ -152,29 +158,33 @@ def _paths(form: Form, path: str) -> list[str]:
 
 
 def _spread(labels: Form, form: Form) -> list[Any] | None:
-    """The label of every tensor; None where the two trees part, which the verb will say."""
+    """The label of every tensor; None where the two trees part."""
     if not isinstance(form, tuple):
         return []
     if form[0] == "tensor":
         return None if isinstance(labels, tuple) else [labels]
     found: list[Any] = []
     inner = isinstance(labels, tuple)
-    if inner and len(labels[-1]) != len(form[-1]):
+    if inner and (_sort(labels) != _sort(form) or len(labels[-1]) != len(form[-1])):
         return None
     for i, child in enumerate(form[-1]):
         below = labels
-        if inner:
-            if form[0] != "dict":
-                below = labels[-1][i]
-            elif labels[0] == "dict" and form[2][i] in labels[2]:
-                below = labels[-1][labels[2].index(form[2][i])]
-            else:
+        if inner and form[0] == "dict":
+            if form[2][i] not in labels[2]:
                 return None
+            below = labels[-1][labels[2].index(form[2][i])]
+        elif inner:
+            below = labels[-1][i]
         more = _spread(below, child)
         if more is None:
             return None
         found += more
     return found
+
+
+def _sort(form: Form) -> Any:
+    """What two containers must have in common, beside their number of children."""
+    return form[2] if form[0] == "named" else form[0] == "dict"
 
 
 def _run(name: str, grads: Form, others: tuple[tuple[str, Form], ...], *tensors: Any) -> tuple[Any, ...]:
