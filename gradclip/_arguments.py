@@ -10,7 +10,7 @@ from typing import Any, get_args
 import array_api_compat
 
 from gradclip._groups import Grouped
-from gradclip._libraries import host_number, is_real, library, on_host
+from gradclip._libraries import engine_instead, host_number, is_real, library, on_host
 from gradclip._tree import Flat, is_container, lasting
 from gradclip._types import AllReduce, Nonfinite, Scalar
 
@@ -108,11 +108,12 @@ def _is_row(value: Any) -> bool:
 
 def all_reduce(given: Any) -> AllReduce | None:
     """What joins shards, or None."""
-    if given is not None and not callable(given):
-        raise TypeError(
-            f"all_reduce must be a callable (partial, op) -> joined, got {given!r}: "
-            "take one of gradclip.distributed, for example psum('data')"
-        )
+    if given is None:
+        return None
+    instead = engine_instead(given)
+    if instead or not callable(given):
+        repair = f"pass {instead}" if instead else "take one of gradclip.distributed, for example psum('data')"
+        raise TypeError(f"all_reduce must be a callable (partial, op) -> joined, got {given!r}: {repair}")
     return given  # type: ignore[no-any-return]
 
 

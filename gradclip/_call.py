@@ -56,8 +56,13 @@ def given(
     beside = None if params is None else parameters(*params, parts.flat)
     if arrays or beside or parts.flat is not flat:
         flat, backend = parts.flat, backend_for(parts.flat, arrays, beside or [])
-    leaves = backend.adopt(flat.values)
-    others = None if beside is None else backend.adopt([x.value for x in beside])
+    leaves: Sequence[Array] = flat.values
+    others: Sequence[Array] | None = None
+    if beside is None:
+        backend, leaves = backend.adopt(leaves, arrays)
+    else:  # one backend works on both
+        backend, both = backend.adopt([*leaves, *[x.value for x in beside]], arrays)
+        leaves, others = both[: len(leaves)], both[len(leaves) :]
     # Sums need bins where a square may leave the range; and among shards, for others may hold wider leaves.
     measured = [*map(leaves.__getitem__, flat.samples), *(others or ())]
     acc = backend.accumulation([*leaves, *others] if others else leaves)

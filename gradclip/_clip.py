@@ -208,7 +208,7 @@ def clip_grad_norm_(
     """Clip as `clip_grad_norm` does, in place; return the norm before clipping.
 
     The signature of `torch.nn.utils.clip_grad_norm_`, given gradients, for arrays that can be written to (NumPy, CuPy,
-    torch). All other parameters are those of `clip_grad_norm`.
+    torch). `gradclip.torch` has it for parameters. All other parameters are those of `clip_grad_norm`.
 
     Parameters
     ----------

@@ -81,9 +81,10 @@ def _clipped(grads: Tree, clip_value: Any, in_place: bool) -> Tree:
     backend_for(flat)
     refuse_complex(flat)
     pairs = _arguments.bounds(clip_value, flat)
-    backend = backend_for(flat, [bound for pair in pairs for bound in pair])
+    beside = [bound for pair in pairs for bound in pair]
+    backend, leaves = backend_for(flat, beside).adopt(flat.values, beside)
     if in_place:
         refuse_unwritable(flat, "clip_grad_value")
     with backend.session(flat.values, in_place):
-        clamped = backend.clamp(backend.adopt(flat.values), pairs, in_place)
+        clamped = backend.clamp(leaves, pairs, in_place)
         return None if in_place else flat.rebuild(list(clamped))

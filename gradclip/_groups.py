@@ -84,6 +84,14 @@ class Groups:
         """The leaves of which an axis is kept, and which."""
         return {j: axis for j, axis in enumerate(self.keep) if axis is not None}
 
+    def of(self, leaf: int) -> slice:
+        """The groups of one leaf."""
+        return slice(self.base[leaf], self.base[leaf] + self.lengths[self.block[leaf]])
+
+    def only(self, leaves: Sequence[int]) -> Groups:
+        """These groups, and only some of their leaves."""
+        return Groups(tuple(self.block[i] for i in leaves), tuple(self.keep[i] for i in leaves), self.shapes, self.wide)
+
     @cached_property
     def each_wide(self) -> tuple[bool, ...]:
         """`wide` of each group."""

@@ -61,14 +61,14 @@ def backend_for(flat: Flat, scalars: Sequence[Any] = (), params: Sequence[Leaf] 
     if len(flat.samples) == 1 and not scalars and not params:  # as always, nearly
         x = flat.values[0]
         known = _admitted.get((type(x), getattr(x, "dtype", None)))
-        if known is not None:
+        if known is not None and LIBRARIES[known].are_alike(flat.values):
             return backend_of({known: x})
     names: dict[str, Any] = {}  # the libraries, each with the first of its arrays
     for places in (flat.samples, range(len(flat.values))):
         for i in places:
             names.setdefault(_admit(flat.values[i], partial(_path, flat, i)), flat.values[i])
-        if names.keys() <= LIBRARIES.keys():  # elsewhere type and dtype do not say all
-            break
+        if names.keys() <= LIBRARIES.keys() and (len(names) != 1 or LIBRARIES[min(names)].are_alike(flat.values)):
+            break  # type and dtype say all of them
     for path, x in params:
         names.setdefault(_admit(x, partial(str, path)), x)
     for value in scalars:
@@ -93,13 +93,13 @@ def _admit(x: Any, path: Callable[[], str]) -> str:
     """The library of a leaf. Raises LeafError unless the leaf is a dense floating-point or complex array."""
     sort = type(x), getattr(x, "dtype", None)
     known = _admitted.get(sort)
-    if known is not None:
+    if known is not None and LIBRARIES[known].are_alike([x]):
         return known
     name = library(x)
     objection = _objection(x, name)
     if objection or name is None:
         raise LeafError(f"{path()} is {objection}")
-    if name in LIBRARIES:
+    if name in LIBRARIES and LIBRARIES[name].are_alike([x]):
         _admitted[sort] = name
     return name
 

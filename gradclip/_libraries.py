@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from importlib import import_module
 from operator import attrgetter
@@ -27,12 +27,24 @@ class Library(NamedTuple):
     backend: str  # the class
     immutable: str = ""  # where its arrays cannot be written to: what a message says of one
     is_plain: Callable[[Any], bool] = lambda x: False  # told at once: each element can be written to by itself
+    are_alike: Callable[[Sequence[Any]], bool] = lambda leaves: True  # whether type and dtype say all of each
+
+
+def _is_plain_tensor(x: Any) -> bool:
+    refused = x.requires_grad or x.is_inference() or getattr(x._base, "requires_grad", False)
+    return not refused and x.is_contiguous()
+
+
+def _are_dense(tensors: Sequence[Any]) -> bool:
+    found = set(map(attrgetter("layout", "is_nested"), tensors))
+    return [(str(layout), nested) for layout, nested in found] == [("torch.strided", False)]
 
 
 LIBRARIES = {
     "numpy": Library(array_api_compat.is_numpy_array, "NumpyBackend", is_plain=attrgetter("flags.carray")),
     "jax": Library(array_api_compat.is_jax_array, "JaxBackend", "is a JAX array, and those are immutable"),
     "cupy": Library(array_api_compat.is_cupy_array, "CupyBackend", is_plain=lambda x: 0 not in x.strides),
+    "torch": Library(array_api_compat.is_torch_array, "TorchBackend", is_plain=_is_plain_tensor, are_alike=_are_dense),
 }
 
 
@@ -40,11 +52,11 @@ def library(x: Any) -> str | None:
     """The name of the library that `x` belongs to, None if it is no array."""
     if type(x) is float or type(x) is int:
         return None
+    if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
+        return "torch DTensor"
     for name, known in LIBRARIES.items():
         if known.owns(x):
             return name
-    if _is(x, "torch.distributed.tensor", "DTensor"):  # it does not work with plain tensors
-        return "torch DTensor"
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, type):  # a class has its arrays' methods
         try:
             return str(array_api_compat.array_namespace(x).__name__).removeprefix("array_api_compat.").split(".")[0]
@@ -68,24 +80,8 @@ def backend_of(names: dict[str, Any]) -> Backend:
     if len(names) > 1:
         raise ValueError(f"no backend for {' and '.join(names)} at once")
     for name, example in names.items():
-        if _is_traced(example):
-            return _traced()
         return _own(name) if name in LIBRARIES else Backend(array_api_compat.array_namespace(example))
     return _own("numpy")
-
-
-def _is_traced(x: Any) -> bool:
-    """Whether a tensor of torch's stands for those of a program's later runs."""
-    return _is(x, "torch._subclasses.fake_tensor", "FakeTensor") or _is(
-        x, "torch._subclasses.functional_tensor", "FunctionalTensor"
-    )
-
-
-@lru_cache
-def _traced() -> Backend:
-    from gradclip._backends.torch.traced import TracedBackend
-
-    return TracedBackend()
 
 
 def compilable(verb: F) -> F:
@@ -153,7 +149,10 @@ def unsuitable(x: Any) -> str:
     """What an array of a special class is, and what to pass instead; empty for any other."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"
     if _is(x, "torch.nn", "Parameter"):
-        return "a torch Parameter: pass its gradient (p.grad), or the weights would be clipped"
+        return (
+            "a torch Parameter: pass its gradient (p.grad), or the weights would be clipped; "
+            "the functions of gradclip.torch take parameters"
+        )
     layout = str(getattr(x, "layout", "strided")) if _is(x, "torch", "Tensor") else "strided"
     if "sparse" in kind or "sparse" in layout:
         return f"a sparse array ({kind}): make it dense first; its stored duplicates would spoil the norm"
@@ -163,6 +162,16 @@ def unsuitable(x: Any) -> str:
         return "a masked array: fill it first (x.filled(0), x.to_tensor(0)), so that masked elements have a value"
     if _is(x, "numpy", "matrix"):
         return "a numpy.matrix: make it an array with numpy.asarray(x), for a matrix is never anything but 2-d"
+    return ""
+
+
+def engine_instead(x: Any) -> str:
+    """The maker of `all_reduce` that is wanted in place of a library's own collective, or group; empty for others."""
+    named = "torch.distributed"
+    own = getattr(sys.modules.get(named), "all_reduce", None)
+    raw = own is not None and getattr(x, "func", x) is own  # a functools.partial of it, too
+    if raw or _is(x, named, "ProcessGroup") or _is(x, "torch.distributed.device_mesh", "DeviceMesh"):
+        return "gradclip.distributed.torch(group)"
     return ""
 
 

@@ -33,6 +33,10 @@ NEEDS = {
     "gradclip.distributed._jax": "jax",
     "gradclip.distributed._mpi": "mpi4py",
     "gradclip.distributed._nccl": "cupy",
+    "gradclip.torch": "torch",
+    "gradclip.torch._dtensors": "torch",
+    "gradclip.torch._parameters": "torch",
+    "gradclip.distributed._torch": "torch",
 }
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)

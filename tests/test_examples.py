@@ -26,6 +26,7 @@ TESTED = {
     "mpi_numpy.py",
     "numpy_agc.py",
     "numpy_char_rnn.py",
+    "torch_loop.py",
 }
 
 #: Runs a script as `python script` does, after a line of preparation.
@@ -238,6 +239,39 @@ def test_cupy_pipeline_without_cupy(tmp_path):
     done = python("-c", RUNNER.format(preparation="sys.modules['cupy'] = None", path=path), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "needs CuPy: pip install" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.library("torch")
+def test_torch_loop(tmp_path):
+    needs("torch")
+    done = python(EXAMPLES / "torch_loop.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (guessing,) = numbers(r"a uniform guess loses (\S+)", done.stdout)
+    rows = [list(map(float, row.split())) for row in re.findall(r"^ +\d+ +\d.*", done.stdout, re.MULTILINE)]
+    assert [epoch for epoch, *_ in rows] == [1, 2, 3]
+    assert not rows[-1][1] < guessing
+    assert rows[-1][4] < min(rows[0][4], guessing / 2)
+    assert all(largest >= norm > 0.25 for *_, norm, largest in rows), "the norms are those before clipping"
+    assert done.stdout.rstrip().endswith("fails without clipping, and with it learns: the claim held")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.library("torch")
+def test_torch_loop_at_a_rate_that_needs_no_clipping(tmp_path):
+    needs("torch")
+    done = python(EXAMPLES / "torch_loop.py", "--rate", "1", "--epochs", "1", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "the network does not fail without clipping" in done.stdout
+    assert done.stdout.rstrip().endswith("the claim did not hold")
+
+
+@pytest.mark.library("torch")
+def test_torch_loop_without_torch(tmp_path):
+    path = str(EXAMPLES / "torch_loop.py")
+    done = python("-c", RUNNER.format(preparation="sys.modules['torch'] = None", path=path), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "needs PyTorch: pip install" in done.stderr
     assert "Traceback" not in done.stderr
 
 

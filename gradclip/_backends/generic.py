@@ -29,9 +29,9 @@ class Backend(OneLeaf):
 
     # -- arrays and numbers --------------------------------------------------------------------------------
 
-    def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
-        """The leaves as arrays of this library."""
-        return leaves
+    def adopt(self, leaves: Sequence[Array], bounds: Sequence[Any] = ()) -> tuple[Backend, Sequence[Array]]:
+        """The backend for just these leaves, given beside such bounds, and the leaves as arrays of its library."""
+        return self, leaves
 
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         """The dtype that norms are summed and factors formed in: float64 where every device has it."""

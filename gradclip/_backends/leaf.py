@@ -128,7 +128,7 @@ class OneLeaf:
         """Counted in pieces, for the memory may be full."""
         xp, nans, infs = self.xp, 0, 0
         with on(array_api_compat.device(leaf)):
-            for piece in _pieces(leaf):
+            for piece in pieces(leaf):
                 nan = xp.isnan(piece)
                 inf = xp.logical_and(xp.isinf(piece), xp.logical_not(nan))
                 nans += int(xp.sum(xp.astype(nan, xp.int32)))
@@ -136,13 +136,13 @@ class OneLeaf:
         return nans, infs
 
 
-def _pieces(x: Array) -> list[Array]:
+def pieces(x: Array) -> list[Array]:
     """Views of at most _CHUNK elements, whatever the shape."""
     if math.prod(x.shape) <= _CHUNK:
         return [x]
     half = x.shape[0] // 2
     parts = [x[:half, ...], x[half:, ...]] if half else [x[0, ...]]
-    return [piece for part in parts for piece in _pieces(part)]
+    return [piece for part in parts for piece in pieces(part)]
 
 
 def _last_axis(reduce: Callable[..., Array]) -> Callable[[Array], Array]:

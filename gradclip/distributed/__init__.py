@@ -3,7 +3,8 @@
 A partial is a small array of shape (slots, groups): a column for each group of `per`, one for the global norm, and at
 most 4 rows, whatever the number of leaves. Partials join by "sum", "max" or "min". So one collective gives every shard
 the norms of the whole (two for p outside 0, 1, 2, inf, -inf), and with them the same factors. The groups must be the
-same on all shards, in the same order. `psum` joins over JAX's named axes, `mpi` over MPI ranks, `nccl` over GPUs.
+same on all shards, in the same order. `psum` joins over JAX's named axes, `mpi` over MPI ranks, `nccl` over GPUs,
+`torch` over the ranks of a group of `torch.distributed`.
 
 For another engine, any callable ``(partial, op) -> joined`` will do: `partial` is an array of the gradients' library
 (NumPy's on a shard without leaves), `joined` its like, joined element by element with those of all other shards, the
@@ -50,7 +51,7 @@ from typing import Any
 from gradclip._tree import lasting
 from gradclip._types import Engine, Tree
 
-__all__ = ["Engine", "mpi", "nccl", "psum"]
+__all__ = ["Engine", "mpi", "nccl", "psum", "torch"]
 
 
 def psum(axis_name: str | Sequence[str], varying: Tree = None) -> Engine:
@@ -185,3 +186,60 @@ def nccl(comm: Any, replicated: Tree = None) -> Engine:
     from gradclip.distributed._nccl import Nccl
 
     return Nccl(comm, lasting(replicated, "replicated"))
+
+
+def torch(group: Any = None, replicated: Tree = None) -> Engine:
+    """Join over the ranks of a process group of `torch.distributed`, for torch and NumPy.
+
+    Every rank must call gradclip, with the same arguments, whatever leaves it holds. A rank may hold none where `per`
+    is None: with `per`, all ranks need the same groups.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup or DeviceMesh, optional
+        The norm is that of all leaves on the ranks of this group, no others. None: the default group, as it is when the
+        engine is made. A mesh must have one dimension.
+    replicated : tree of bool, optional
+        A tree prefix of the gradients: True for leaves of which all ranks hold equal copies. Those of rank 0 of the
+        group count.
+
+    Returns
+    -------
+    Engine
+        For ``all_reduce=``.
+
+    Raises
+    ------
+    RuntimeError
+        At once, if `torch.distributed` is not initialised.
+    TypeError, ValueError
+        At once for something that is no group, or a group without this rank. When it is used, with nothing clipped: for
+        other arrays, DTensors, and tensors that record derivatives; and on all ranks alike if they do not agree on
+        `norm_type`, on the groups, on whether ``nonfinite="error"``, or on the accumulation's dtype.
+
+    Notes
+    -----
+    Where the group's backend works on the host (gloo, MPI), tensors of a device come there, so the host waits for them.
+    One `all_gather` of 1,024 float64 numbers a rank (beyond 64 ranks fewer, 64 at least) shows every rank all partials
+    and what each rank means, at every call. Ranks are added up in their order: the same bits on all. Longer partials,
+    those of some 200 groups, are joined by one `all_reduce` more.
+
+    Where it works on devices (NCCL), one `all_reduce` on the current stream, and the host does not wait, except on a
+    rank without leaves (its current device is the one that joins), and at the first call of each kind on a group, which
+    gathers those numbers in place of the `all_reduce`, or before it where the partial is longer. So a rank that differs
+    from its first call on is told; one that begins to differ later is not: it gives a wrong norm, or leaves the others
+    waiting until the group's timeout. While a CUDA graph is captured nothing is gathered: call once before.
+
+    For p outside 0, 1, 2, inf, -inf, twice that. ``nonfinite="error"`` raises on all ranks and names rank and key path,
+    by one `all_gather_object` in that case only. A rank that raises or dies by itself leaves the others waiting until
+    the group's timeout.
+
+    Examples
+    --------
+    >>> torch.distributed.init_process_group("gloo")  # doctest: +SKIP
+    >>> joined = gradclip.distributed.torch(replicated={"expert": False, "router": True})  # doctest: +SKIP
+    >>> grads, norm = gradclip.clip_grad_norm(grads, 1.0, all_reduce=joined)  # doctest: +SKIP
+    """
+    from gradclip.distributed._torch import Torch
+
+    return Torch(group, lasting(replicated, "replicated"))

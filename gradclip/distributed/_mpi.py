@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
-from zlib import crc32
 
 import array_api_compat
 import numpy as np
 from mpi4py import MPI
 
 from gradclip._types import Array, Call, ReduceOp, Tree
-from gradclip.distributed._ranks import Ranks
+from gradclip.distributed._ranks import AGREED, Ranks, head
 
 #: A message: what all ranks must agree on, then the partial. One of one group takes the least that is sent.
-_AGREED = ("norm_type", "nonfinite", "operation", "bits of the accumulation", "groups")
-_START, _LEAST = len(_AGREED), 16
+_START, _LEAST = len(AGREED), 16
 
-_OPS: tuple[ReduceOp, ...] = ("sum", "max", "min")
 _MPI_OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 _JOIN = (np.add, np.maximum, np.minimum)
 
@@ -77,19 +74,13 @@ class Mpi(Ranks):
         fits = length == max(_LEAST, end)
         sent, got = np.zeros(length), np.empty(length)
         bits = xp.finfo(partial.dtype).bits
-        norm_type, groups = (crc32(text.encode()) for text in (str(call.norm_type), f"{call.groups}: {mine.size}"))
-        sent[:_START] = norm_type, call.nonfinite == "error", _OPS.index(op), bits, groups
+        sent[:_START] = head(op, call, bits, mine.size)
         if fits:
             sent[_START:end] = mine.reshape(-1)
         self.comm.Allreduce([sent, 1, _message(length)], [got, 1, _message(length)], op=_operation())
         split = [i for i in range(_START) if np.isnan(got[i])]
         if split:  # on all ranks, for they all have the same `got`
-            policy = "'error'" if call.nonfinite == "error" else "another policy"
-            told = str(call.norm_type).removesuffix(".0"), policy, op, str(bits), call.groups
-            said = self.comm.allgather(", ".join(told[i] for i in split))
-            wrong = " and ".join(_AGREED[i] for i in split)
-            ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said[:16]))
-            raise ValueError(f"the ranks do not agree on {wrong}, and nothing was clipped: {ranks}")
+            self.refuse(split, op, call, bits)
         if fits:
             joined = got[_START:end].reshape(mine.shape)
         else:  # all ranks have as many numbers to join, now that they agree

@@ -52,8 +52,8 @@ class CupyBackend(Backend):
         with super().session(leaves, in_place), home, recording(leaves, in_place):
             yield
 
-    def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
-        return laid_out(leaves)
+    def adopt(self, leaves: Sequence[Array], bounds: Sequence[Any] = ()) -> tuple[Backend, Sequence[Array]]:
+        return self, laid_out(leaves)
 
     def move(self, x: Array, device: Any) -> Array:
         return move(x, device)

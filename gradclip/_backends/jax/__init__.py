@@ -33,9 +33,9 @@ class JaxBackend(Backend):
         with jax.transfer_guard("allow"):  # array-api-compat makes an array when it first meets a class
             array_api_compat.array_namespace(jnp.zeros(()))
 
-    def adopt(self, leaves: Sequence[Array]) -> list[Array]:
+    def adopt(self, leaves: Sequence[Array], bounds: Sequence[Any] = ()) -> tuple[Backend, Sequence[Array]]:
         """JAX takes no array of NumPy's in a foreign byte order."""
-        return [
+        return self, [
             x if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x, x.dtype.newbyteorder("="))) for x in leaves
         ]
 

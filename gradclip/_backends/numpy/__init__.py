@@ -21,7 +21,7 @@ from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import policy, scaling, units
 from gradclip._backends.numpy.jobs import BLOCK, Leaves, asked, jobs_of, shared, sums_of
 from gradclip._backends.numpy.loops import blocks
-from gradclip._backends.numpy.sixteen import CHUNK
+from gradclip._backends.numpy.sixteen import CHUNK, plain
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, RmsNorm, Seen, TwoNorm, identity
@@ -38,10 +38,10 @@ class NumpyBackend(Backend):
     def __init__(self) -> None:
         super().__init__(xp)
 
-    def adopt(self, leaves: Sequence[Array]) -> Sequence[Array]:
+    def adopt(self, leaves: Sequence[Array], bounds: Sequence[Any] = ()) -> tuple[Backend, Sequence[Array]]:
         if set(map(type, leaves)) == {np.ndarray}:
-            return Leaves(leaves)
-        return Leaves([x if isinstance(x, np.ndarray | np.generic) else np.asarray(x) for x in leaves])
+            return self, Leaves(leaves)
+        return self, Leaves([x if isinstance(x, np.ndarray | np.generic) else np.asarray(x) for x in leaves])
 
     def accumulation(self, leaves: Sequence[Array]) -> Any:
         return np.float64
@@ -140,11 +140,11 @@ class NumpyBackend(Backend):
     def _contribution(self, leaf: Array, keep: int | None, norm: Norm, acc: Any, seen: Seen) -> Array:
         op, leaf = norm.ops[len(seen)], np.asarray(leaf)
         if keep is None:
-            some = [super(NumpyBackend, self)._contribution(x, None, norm, acc, seen) for x in blocks(leaf, CHUNK)]
-            return self._joined(some, op)
+            each = map(plain, blocks(leaf, CHUNK))
+            return self._joined([super(NumpyBackend, self)._contribution(x, None, norm, acc, seen) for x in each], op)
         out = np.full((norm.slots[len(seen)], leaf.shape[keep]), identity(op))
         for part, at in units.pieces(units.view(leaf, keep)[0], CHUNK):
-            more = super()._contribution(part, 1, norm, acc, tuple(x[:, at] for x in seen))
+            more = super()._contribution(plain(part), 1, norm, acc, tuple(x[:, at] for x in seen))
             out[:, at] = self._joined([out[:, at], more], op)
         return out
 

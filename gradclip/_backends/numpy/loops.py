@@ -10,13 +10,21 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from gradclip._backends.numpy.sixteen import CHUNK, as_single, scratch, through_single
+from gradclip._backends.numpy.sixteen import (
+    CHUNK,
+    as_single,
+    bfloat16_as_single,
+    is_bfloat16,
+    plain,
+    scratch,
+    through_single,
+)
 from gradclip._dtypes import dtype_name
 from gradclip._types import Array
 
@@ -56,8 +64,9 @@ def squares(block: Array, wide: bool) -> float:
     if kind is np.float64 or (kind is np.float32 and not wide):
         total = _dot_rows(numbers)
     else:
+        single = bfloat16_as_single if is_bfloat16(numbers) and not wide else partial(widened, wide=wide)
         starts = range(0, numbers.size, CHUNK)
-        total = sum(_dot_rows(widened(numbers[start : start + CHUNK], wide)) for start in starts)
+        total = sum(_dot_rows(single(numbers[start : start + CHUNK])) for start in starts)
     return _trusted(total, block)
 
 
@@ -97,7 +106,7 @@ def real(block: Array) -> Array:
 def widened(numbers: Array, wide: bool) -> Array:
     """Real numbers in a dtype that can be added up in rows: at most a chunk of those that must be cast."""
     if wide:
-        return numbers.astype(np.float64, copy=False)
+        return plain(numbers).astype(np.float64, copy=False)
     return numbers if numbers.dtype.itemsize > 2 else as_single(numbers)
 
 

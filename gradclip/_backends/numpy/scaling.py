@@ -81,12 +81,11 @@ def scaled(
             else:
                 jobs += [partial(look_up, x, y, table) for x, y in cut]
     for i, keep in groups.kept.items():
-        leaf, block = leaves[i], groups.block[i]
-        at = slice(groups.base[i], groups.base[i] + groups.lengths[block])
+        leaf, at = leaves[i], groups.of(i)
         if changes is None or not leaf.size or not changes[at].any():
             continue
         outs[i] = out = leaf if in_place else np.empty_like(leaf, subok=False)
-        jobs += units.scaling(leaf, out, keep, factor[at], shift[at], groups.wide[block], product)
+        jobs += units.scaling(leaf, out, keep, factor[at], shift[at], groups.wide[groups.block[i]], product)
     if jobs:
         shared(lambda job: job(), jobs, leaves, *([] if tables else ["float16"]))
     return outs if in_place else _scalars_as_scalars(leaves, outs)

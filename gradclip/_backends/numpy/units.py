@@ -76,7 +76,7 @@ def squares(x: Array, wide: bool) -> Array:
         columns = _of_columns(numbers.reshape(outer, n * inner), wide)
         sums = fold(columns.reshape(n, inner).T)
     else:
-        sums = fold(np.square(numbers, dtype=np.float64).swapaxes(1, 2).reshape(-1, n))
+        sums = fold(np.square(sixteen.plain(numbers), dtype=np.float64).swapaxes(1, 2).reshape(-1, n))
     doubtful = np.flatnonzero(~loops.is_safe(sums, outer * x.shape[2], x.dtype))
     if doubtful.size:
         nothing = (sums[doubtful] == 0) & ~x[:, doubtful].any(axis=(0, 2))
@@ -124,7 +124,7 @@ def _of_columns(x: Array, wide: bool) -> Array:
     """The sum of squares of each column. A few rows are added up in the dtype itself, and again by halves."""
     outer, width = x.shape
     if outer < _FEW:
-        return fold(np.square(x, dtype=np.float64)) if outer else np.zeros(width)
+        return fold(np.square(sixteen.plain(x), dtype=np.float64)) if outer else np.zeros(width)
     beside = min(max(1, _COLUMNS // width), outer // _FEW)
     stripe, whole = beside * width, outer - outer % (beside * _FEW)
     total = np.zeros(stripe)
@@ -254,13 +254,13 @@ def weighted_sum(x: Array, by: Weights) -> Array:
     """
     total = np.zeros(x.shape[1])
     for i in by.others:
-        total += x[i].astype(np.float64) * by.shift[i] * by.factor[i] * by.shift[i]
+        total += sixteen.plain(x[i]).astype(np.float64) * by.shift[i] * by.factor[i] * by.shift[i]
     factors = by.factor.astype(x.dtype if x.dtype == np.float64 else np.float32, copy=False)
     rows = _EXAMPLES * max(1, _at_once(x, False) // (_EXAMPLES * max(1, x.shape[1])))
     for begin, end in by.runs:
         for i in range(begin, end, rows):
             some, f = x[i : min(i + rows, end)], factors[i : min(i + rows, end)]
-            some = some if x.dtype.itemsize > 2 else some.astype(np.float32)
+            some = some if x.dtype.itemsize > 2 else sixteen.plain(some).astype(np.float32, copy=False)
             whole = len(f) - len(f) % _EXAMPLES
             if whole:
                 many = np.matmul(f[:whole].reshape(-1, 1, _EXAMPLES), some[:whole].reshape(-1, _EXAMPLES, x.shape[1]))
