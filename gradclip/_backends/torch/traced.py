@@ -32,6 +32,9 @@ _NARROW = ("float16", "bfloat16", "float32")
 #: Beyond it, and below its reciprocal, a factor is multiplied with in three steps.
 _FAR = 2.0**100
 
+#: Where the kernels that a compiler makes are one function, and the number of them costs nothing.
+_FUSED = ("cpu",)
+
 Number: TypeAlias = Any
 """An array, or a number that the tracer knows."""
 
@@ -149,14 +152,12 @@ class TracedBackend(Backend):
 
 
 def _lengths(leaves: Sequence[Array], norm: Norm, groups: Groups, acc: Any) -> dict[int, Array]:
-    """The 2-norms of whole leaves by one kernel for many, where it is the number of kernels that counts: the CPU's are
-    one function.
-    """
+    """The 2-norms of whole leaves by one kernel for many, where it is the number of kernels that counts."""
     if not isinstance(norm, TwoNorm) or norm.binned or acc != torch.float64:
         return {}
     on: dict[Any, list[int]] = {}
     for j, (leaf, keep) in enumerate(zip(leaves, groups.keep, strict=True)):
-        if keep is None and leaf.device.type != "cpu" and not leaf.is_complex() and 0 not in leaf.shape:
+        if keep is None and leaf.device.type not in _FUSED and not leaf.is_complex() and 0 not in leaf.shape:
             on.setdefault(leaf.device, []).append(j)
     found: dict[int, Array] = {}
     for places in on.values():
