@@ -111,7 +111,7 @@ VERBS: dict[str, Callable[[Any], Any]] = {
     "agc": lambda g: gradclip.clip_grad_agc(g, g),
     "value": lambda g: gradclip.clip_grad_value(g, (-0.5, 0.25)),
 }
-QUICK = ("clip", "clip by label", "agc", "value")
+QUICK = ("clip", "agc")
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
@@ -278,7 +278,7 @@ def test_what_is_not_finite_is_answered_by_the_policy(compiler: str) -> None:
     assert np.array_equal(kept[0].numpy().view(np.int32), np.float32([-0.0, 1e-45, 3e38]).view(np.int32))
 
 
-@pytest.mark.parametrize("fused", [("cpu",), ()])
+@pytest.mark.parametrize("fused", [("cpu",), pytest.param((), marks=pytest.mark.full)])
 @each_compiler
 def test_the_derivative_is_exact(compiler: str, fused: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sum w * clip(g), c / ||g|| * (w - g <g, w> / ||g||^2); of the norm, g / ||g||, and 0 at 0."""
@@ -350,7 +350,7 @@ def test_another_bound_is_right_and_compiles_little(compiler: str) -> None:
 def test_shapes_may_be_dynamic(p: Any) -> None:
     counted = CompileCounterWithBackend("aot_eager")
     run = compiled(lambda x: gradclip.clip_grad_norm([x], 1.0, p), counted)
-    for shape in ((3, 4), (5, 4), (6, 4), (300, 4), (7, 9)):
+    for shape in ((3, 4), (5, 4), (300, 4), (7, 9)):
         x = torch.ones(shape)
         assert_same(run(x), gradclip.clip_grad_norm([x], 1.0, p))
     assert counted.frame_count <= 3  # no number, then one unknown, then two
@@ -358,7 +358,7 @@ def test_shapes_may_be_dynamic(p: Any) -> None:
 
 def test_another_number_of_groups_is_another_program() -> None:
     run = compiled(lambda x: gradclip.clipped_sum([x], 1.0))
-    for n in (2, 3, 4):
+    for n in (2, 3):
         x = torch.arange(2.0 * n).reshape(n, 2)
         assert_same(run(x), gradclip.clipped_sum([x], 1.0))
 
@@ -397,7 +397,7 @@ def test_outside_of_a_program_a_verb_is_what_it_was() -> None:
 
 def test_a_leaf_adds_few_operations_to_the_program() -> None:
     counts = []
-    for n in (2, 12):
+    for n in (2, 6):
         nodes: list[int] = []
 
         def count(graph: Any, inputs: Any, nodes: list[int] = nodes) -> Any:
@@ -409,8 +409,8 @@ def test_a_leaf_adds_few_operations_to_the_program() -> None:
         compiled(lambda g: gradclip.clip_grad_norm_(g, 1.0), aot_autograd(fw_compiler=count))([torch.ones(3, 3)] * n)
         counts += nodes
         torch.compiler.reset()
-    assert (counts[1] - counts[0]) / 10 <= 10
-    assert counts[0] <= 110
+    assert (counts[1] - counts[0]) / 4 <= 8
+    assert counts[0] <= 100
 
 
 @pytest.mark.full

@@ -79,22 +79,26 @@ class TracedBackend(Backend):
         `length`: its 2-norm where that is known. Then it counts as one element of that size.
         """
         op = norm.ops[len(seen)]
-        row = leaf.reshape(-1) if keep is None else self._by_unit(leaf, keep)
+        row = leaf if keep is None else self._by_unit(leaf, keep)
+        count = row.numel() if keep is None else row.shape[-1]
         parts: Parts = (row if length is None else length,)
         if length is None and row.is_complex():
             parts = (row.real, row.imag)
         known = tuple([x[k, 0] if keep is None else x[k, :, None] for k in range(x.shape[0])] for x in seen)
+        exact = norm.binned or acc != torch.float64  # else what a plain sum loses cannot be seen in the result
         out: list[Number] = []
         for x in norm.terms(xp, tuple(part.to(acc) for part in parts), known):
             if isinstance(x, float):
-                n = row.shape[-1]
-                out.append(x * n if isinstance(n, int) or not x else x * torch.scalar_tensor(n, dtype=acc))
+                known_count = isinstance(count, int) or not x
+                out.append(x * (count if known_count else torch.scalar_tensor(count, dtype=acc, device=row.device)))
             elif length is not None:
                 out.append(x)
             elif op != "sum":
-                out.append(getattr(torch, f"a{op}")(x, dim=-1))
-            else:  # in float64, what a plain sum of narrower elements loses cannot be seen in the result
-                out.append(self._total(x) if norm.binned or acc != torch.float64 else torch.sum(x, dim=-1))
+                out.append(getattr(torch, f"a{op}")(x, dim=() if keep is None else -1))
+            elif exact:
+                out.append(self._total(x.reshape(-1) if keep is None else x))
+            else:
+                out.append(torch.sum(x) if keep is None else torch.sum(x, dim=-1))
         return out
 
     def _one(self, numbers: list[Number], op: ReduceOp) -> Number:
@@ -210,4 +214,4 @@ def _times(leaf: Array, steps: Steps) -> Array:
     product = leaf.to(steps.multipliers[0].dtype)
     for x in steps.multipliers:
         product = product * x
-    return torch.where(steps.zero, 0, product).to(leaf.dtype)
+    return product.masked_fill(steps.zero, 0).to(leaf.dtype)
