@@ -21,6 +21,7 @@ SECTIONS = {
     "threads": "threads",
     "memory": "memory",
     "growth": "growth",
+    "torch": "on_torch",
     "jax": "on_jax",
     "step": "training_step",
     "devices": "on_devices",

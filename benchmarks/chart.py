@@ -17,7 +17,7 @@ COLOURS = ("#1b6ca8", "#e07b39", "#3d9a50", "#8e4fa8")
 NUMPY_BARS = (
     ("gradclip clip_grad_norm_", OURS, ("gradclip clip_grad_norm_",)),
     ("gradclip, nothing to clip", "#7fb3d9", ("gradclip clip_grad_norm_, nothing to clip",)),
-    ("torch clip_grad_norm_", THEIRS, ("torch clip_grad_norm_", "torch clip_grad_norm_, one thread")),
+    ("torch clip_grad_norm_, given tensors", THEIRS, ("torch clip_grad_norm_", "torch clip_grad_norm_, one thread")),
     ("plain NumPy clip (fresh arrays)", PLAIN, ("plain NumPy clip",)),
 )
 NUMPY_FLOOR = "floor: read + in-place multiply"
@@ -67,7 +67,7 @@ def numpy_panel(axes: Axes, section: dict[str, Any]) -> None:
         if any(value is not None for value in values):
             series.append((label, colour, values))
     bars(axes, [table["tree"] for table in tables], series)
-    axes.set_title("NumPy, float32: time of a clip")
+    axes.set_title("NumPy arrays, float32: time of a clip")
     axes.set_xlabel("time / (one read + one in-place multiply)")
 
 

@@ -13,9 +13,12 @@ import numpy as np
 from benchmarks.on_numpy import (
     CLIP,
     FUNCTIONAL,
+    GIVEN,
+    NO_NORM,
     NORM,
     ONE_THREAD,
     TORCH,
+    TORCH_NORM,
     Gradients,
     ours,
     preparation,
@@ -47,6 +50,7 @@ def contest(model: Model, dtype: Any, settings: Settings, section: Section) -> N
     try:
         peers = torch_peers(g, settings.threads)
         contenders |= {name: call for name, call in peers.items() if "nothing" not in name}
+        section.not_run += [] if TORCH_NORM in peers else [NO_NORM]
     except ImportError as error:
         section.not_run.append(f"torch beside NumPy's narrow dtypes: {error}")
     contenders |= {name: call for name, call in ours(g).items() if name in (NORM, CLIP, FUNCTIONAL)}
@@ -55,7 +59,7 @@ def contest(model: Model, dtype: Any, settings: Settings, section: Section) -> N
         f"NumPy, {name}, {model.name}", contenders, settings.effort, prepare=preparation(g, settings.threads)
     )
     where = {"tree": model.name, "dtype": name}
-    title = f"NumPy, {name}, {model.described(2)}"
+    title = f"NumPy, {name}, {model.described(2)}{GIVEN}"
     section.tables.append(Table.of(timings, NAIVE, title=title, **where))
     section.add("narrow norm", model.parameters / timings.spread(NORM).median / 1e9, **where)
     section.compare(

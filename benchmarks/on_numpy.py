@@ -2,12 +2,14 @@
 
 Floors run on one thread: `np.dot` of each leaf with itself reads all once, and nothing that has to know the norm of
 all leaves before it scales them can do with less than that read and one multiplication after it.
+
+gradclip is given the NumPy arrays, and torch tensors on the same memory. `on_torch` gives the same tensors to both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ TORCH_NORM = "torch get_total_norm"
 TORCH = "torch clip_grad_norm_"
 TORCH_IDLE = "torch clip_grad_norm_, nothing to clip"
 ONE_THREAD = ", one thread"
+NO_NORM = f"{TORCH_NORM}: torch before 2.6 has none"
+GIVEN = "; torch is given tensors on the same memory"
 NORM = "gradclip global_norm"
 CLIP = "gradclip clip_grad_norm_"
 IDLE = "gradclip clip_grad_norm_, nothing to clip"
@@ -34,8 +38,8 @@ FUNCTIONAL = "gradclip clip_grad_norm"
 EACH = "gradclip clip_grad_norm_, per leaf"
 
 
-class Gradients:
-    """A tree that contenders may write to, put back between samples; and a bound that always clips.
+class Bounds:
+    """Bounds that always clip, given the sum of squares of each leaf.
 
     A gradient that was clipped to a bound is not clipped by that bound again. So each call gets a bound a little lower
     than the last, half the norm at first: every call of a sample does the same work, and shrinks what it scales by one
@@ -44,20 +48,13 @@ class Gradients:
 
     step = 1 - 1e-4
 
-    def __init__(self, tree: Mapping[str, Array]) -> None:
-        self.tree = dict(tree)
-        self.leaves = list(self.tree.values())
-        self.flat = [leaf.reshape(-1) for leaf in self.leaves]
-        self._kept = [leaf.copy() for leaf in self.leaves]
-        squares = [_sum_of_squares(leaf) for leaf in self.flat]
+    def __init__(self, squares: Sequence[float]) -> None:
         self.norm = math.sqrt(sum(squares))
         self._least = math.sqrt(min(squares))  # the norm of a leaf
-        self._bound = self.norm / 2
-        self._bound_of_each = self._least / 2
+        self.begin()
 
-    def restore(self) -> None:
-        for leaf, kept in zip(self.leaves, self._kept, strict=True):
-            np.copyto(leaf, kept)
+    def begin(self) -> None:
+        """Anew, for gradients as they were at first."""
         self._bound = self.norm / 2
         self._bound_of_each = self._least / 2
 
@@ -72,6 +69,22 @@ class Gradients:
 
     def idle_bound(self) -> float:
         return 2 * self.norm
+
+
+class Gradients(Bounds):
+    """A tree that contenders may write to, put back between samples."""
+
+    def __init__(self, tree: Mapping[str, Array]) -> None:
+        self.tree = dict(tree)
+        self.leaves = list(self.tree.values())
+        self.flat = [leaf.reshape(-1) for leaf in self.leaves]
+        self._kept = [leaf.copy() for leaf in self.leaves]
+        super().__init__([_sum_of_squares(leaf) for leaf in self.flat])
+
+    def restore(self) -> None:
+        for leaf, kept in zip(self.leaves, self._kept, strict=True):
+            np.copyto(leaf, kept)
+        self.begin()
 
 
 def _sum_of_squares(flat: Array) -> float:
@@ -105,7 +118,9 @@ def floors(g: Gradients) -> dict[str, Callable[[], object]]:
 
 
 def torch_peers(g: Gradients, threads: int) -> dict[str, Callable[[], object]]:
-    """torch on the same memory. The parameters stand on it too: clipping looks at their `.grad` only.
+    """torch, given tensors on the memory of the NumPy arrays that gradclip is given.
+
+    The parameters stand on it too: clipping looks at their `.grad` only.
 
     With several threads, also on one: for small trees that is the faster of the two, by far on a busy machine.
     """
@@ -117,10 +132,11 @@ def torch_peers(g: Gradients, threads: int) -> dict[str, Callable[[], object]]:
         param.grad = tensor
     clip = torch.nn.utils.clip_grad_norm_
     calls: dict[str, Callable[[], object]] = {
-        TORCH_NORM: lambda: torch.nn.utils.get_total_norm(tensors),
         TORCH: lambda: clip(params, g.bound()),
         TORCH_IDLE: lambda: clip(params, g.idle_bound()),
     }
+    if hasattr(torch.nn.utils, "get_total_norm"):  # torch 2.6
+        calls = {TORCH_NORM: lambda: torch.nn.utils.get_total_norm(tensors), **calls}
     return calls if threads == 1 else calls | {name + ONE_THREAD: call for name, call in calls.items()}
 
 
@@ -164,12 +180,13 @@ def contest(model: Model, settings: Settings, section: Section) -> None:
     contenders[PLAIN] = lambda: plain_clip(g.tree, g.bound())
     try:
         contenders |= torch_peers(g, settings.threads)
+        section.not_run += [] if TORCH_NORM in contenders else [NO_NORM]
     except ImportError as error:
         section.not_run.append(f"torch beside NumPy: {error}")
     contenders |= ours(g)
     timings = compete(f"NumPy, {model.name}", contenders, settings.effort, prepare=preparation(g, settings.threads))
     where = {"tree": model.name, "dtype": "float32"}
-    section.tables.append(Table.of(timings, READ, title=f"NumPy, {model.described()}", **where))
+    section.tables.append(Table.of(timings, READ, title=f"NumPy, {model.described()}{GIVEN}", **where))
     if model.parameters > 10_000_000:
         section.compare(timings, where, ("norm", NORM, READ), ("in place", CLIP, IN_PLACE))
         if settings.threads > 1:

@@ -35,10 +35,22 @@ class Table:
     rows: list[Row]
 
     @classmethod
-    def of(cls, timings: Timings, reference: str, *, title: str, tree: str, dtype: str) -> Table:
+    def of(
+        cls,
+        timings: Timings,
+        reference: str,
+        partners: Mapping[str, str] | None = None,
+        /,
+        *,
+        title: str,
+        tree: str,
+        dtype: str,
+    ) -> Table:
+        """With `partners` each contender's ratio is to its own one, and `reference` says in words what these are."""
         rows = []
         for name in timings.samples:
-            time, ratio = timings.spread(name), timings.ratio(name, reference)
+            beside = reference if partners is None else partners.get(name, name)
+            time, ratio = timings.spread(name), timings.ratio(name, beside)
             us = (1e6 * time.median, 1e6 * time.low, 1e6 * time.high)
             rows.append(Row(name, *us, ratio.median, ratio.low, ratio.high))
         return cls(title, tree, dtype, reference, timings.rounds, rows)

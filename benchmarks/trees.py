@@ -94,6 +94,9 @@ MODELS: dict[str, Model] = {
     "gpt2": Model("GPT-2 small", _gpt2(12, 768, 50_257, 1024), 148, 124_439_808),
 }
 
+#: Between the MLP and the 1,000 leaves: what a call costs and what its leaves cost weigh alike.
+LEAVES_64 = Model("50 leaves of 64 x 64", {f"leaf{i}": (64, 64) for i in range(50)}, 50, 204_800)
+
 #: For questions about compiled code, where twelve times the same answers nothing more.
 GPT2_BLOCK = Model("one block of GPT-2 small", _block(768), 12, 7_087_872)
 

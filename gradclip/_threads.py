@@ -19,7 +19,7 @@ _asked: int | None = None
 
 
 def set_num_threads(limit: int | None) -> None:
-    """Let at most `limit` threads work on NumPy gradients at once; None: the default again.
+    """Let at most `limit` threads work on NumPy gradients, and measure torch's on the CPU, at once; None: the default.
 
     Parameters
     ----------
@@ -37,7 +37,8 @@ def set_num_threads(limit: int | None) -> None:
     The result does not depend on the number of threads, not in one bit. The caller works alone on trees of less than
     2**20 elements, on norms with float16 or bfloat16 leaves or p other than 2, and on trees with float16 leaves of
     which no 2**17 elements share a factor.
-    JAX, CuPy and torch have thread pools of their own.
+    Norms of plain torch tensors on the CPU are measured by these threads, products are made by torch's, which have a
+    limit of their own (`torch.set_num_threads`). JAX and CuPy use other threads.
 
     Examples
     --------

@@ -209,21 +209,132 @@ def test_contenders_do_what_they_are_called():
 
 def test_torch_works_on_the_same_memory():
     needs("torch", "ml_dtypes")
+    import torch
     from ml_dtypes import bfloat16
+
+    norm = [on_numpy.TORCH_NORM] if hasattr(torch.nn.utils, "get_total_norm") else []  # torch 2.6
 
     for dtype, rel in [(np.float32, 1e-6), (bfloat16, 2e-2)]:
         g = on_numpy.Gradients(gradients(TINY, dtype))
         peers = on_numpy.torch_peers(g, 2)
         assert set(peers) == {
-            name + end
-            for name in (on_numpy.TORCH_NORM, on_numpy.TORCH, on_numpy.TORCH_IDLE)
-            for end in ("", on_numpy.ONE_THREAD)
+            name + end for name in (*norm, on_numpy.TORCH, on_numpy.TORCH_IDLE) for end in ("", on_numpy.ONE_THREAD)
         }
-        assert float(peers[on_numpy.TORCH_NORM]()) == pytest.approx(g.norm, rel=rel)
+        for name in norm:
+            assert float(peers[name]()) == pytest.approx(g.norm, rel=rel)
         peers[on_numpy.TORCH]()
         assert float(gradclip.global_norm(g.tree)) == pytest.approx(g.norm / 2, rel=rel + 1e-3)
         on_numpy.preparation(g, 1)("torch clip_grad_norm_")
         assert float(gradclip.global_norm(g.tree)) == pytest.approx(g.norm, rel=1e-6)
+
+
+def test_tensors_that_both_are_given():
+    needs("torch")
+    import torch
+
+    from benchmarks import on_torch
+
+    for dtype in on_torch.DTYPES:
+        t = on_torch.Tensors(TINY, dtype)
+        norm = float(torch.linalg.vector_norm(torch.cat([grad.double().ravel() for grad in t.grads])))
+        assert t.norm == pytest.approx(norm, rel=1e-12)
+        writes = set()
+        for name, call in on_torch.calls(t).items():
+            before = [grad.clone() for grad in t.grads]
+            call()
+            if not all(map(torch.equal, before, t.grads)):
+                writes.add(name)
+            t.restore()
+            assert all(map(torch.equal, before, t.grads))
+        values = {on_torch.VALUE, on_torch.TORCH_VALUE}
+        assert writes - {on_torch.IN_PLACE} == {on_torch.CLIP, on_torch.TORCH, on_torch.EACH, *values}
+        assert (on_torch.IN_PLACE in writes) == (dtype == "float32")  # 16 bits round one part in 10,000 away
+        assert all(parameter.grad is grad for parameter, grad in zip(t.parameters, t.grads, strict=True))
+
+
+def test_the_contest_of_tensors(monkeypatch):
+    """That it runs, within the limits of threads, and what its ratios are to."""
+    needs("torch")
+    import torch
+
+    from benchmarks import on_torch
+    from gradclip import _threads
+
+    limits, compete = set(), on_torch.compete
+
+    def watched(*args, **options):
+        limits.add((torch.get_num_threads(), _threads.num_threads()))
+        return compete(*args, **options)
+
+    monkeypatch.setitem(MODELS, "tiny", Model("tiny", TINY, 2, 620))
+    monkeypatch.setattr(on_torch, "compete", watched)
+    monkeypatch.setattr(on_torch, "LEAVES_64", MODELS["tiny"])
+    before = torch.get_num_threads(), _threads.num_threads()
+    try:
+        section = on_torch.run(Settings(True, 2, (), Effort(0, 1, 1)))
+    finally:
+        torch.set_num_threads(before[0])
+    assert _threads.num_threads() == before[1]
+    assert limits == {(2, 2)}
+    assert [table.dtype for table in section.tables] == list(on_torch.DTYPES)
+    assert [finding.target for finding in section.findings] == [TARGETS["tensors, 50 leaves"]] * 3
+    assert section.not_run[-1] == "torch tensors, compiled: not in short mode"
+    for table in section.tables:
+        ratios = {row.name: row.ratio for row in table.rows}
+        us = {row.name: row.median_us for row in table.rows}
+        for name, other in on_torch.PARTNERS.items():
+            if other in ratios:
+                assert ratios[name] == pytest.approx(us[name] / us[other])
+                assert ratios[other] == 1
+
+
+def test_aims_of_tensors():
+    needs("torch")
+    from benchmarks.on_torch import LEAVES_64, aim
+
+    assert aim(MODELS["gpt2"], "bfloat16") == aim(MODELS["resnet50"], "float32") == "tensors"
+    assert aim(MODELS["gpt2"], "float16") == "tensors, float16"
+    assert aim(LEAVES_64, "float16") == "tensors, 50 leaves"
+    assert aim(MODELS["mlp"], "float32") == aim(MODELS["small"], "float32") == "tensors, no aim"
+
+
+def test_a_clip_that_torch_does_not_compile_is_named(monkeypatch):
+    needs("torch")
+    import torch
+
+    from benchmarks import torch_compiled
+
+    def refuse(function, fullgraph):
+        def call(*args):
+            raise RuntimeError("for a reason\nand more")
+
+        assert fullgraph
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    section = Section("torch")
+    torch_compiled.contest(Model("tiny", TINY, 2, 620), Settings(effort=Effort(0, 1, 1)), section)
+    assert section.not_run == [f"{torch_compiled.COMPILED}, tiny: not compiled: for a reason"]
+    assert section.tables == section.findings == []
+
+
+def test_the_contest_of_compiled_clips(monkeypatch):
+    """With a compiler that hands back what it is given."""
+    needs("torch")
+    import torch
+
+    from benchmarks import torch_compiled
+
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: function)
+    monkeypatch.setattr(torch_compiled, "from_scratch", lambda clip, t: torch_compiled.compiled(clip, t)())
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    section = Section("torch")
+    torch_compiled.contest(Model("tiny", TINY, 2, 620), Settings(effort=Effort(0, 1, 1)), section)
+    assert [finding.target for finding in section.findings] == [
+        TARGETS["tensors, compiled"],
+        TARGETS["tensors, compilation"],
+    ]
+    assert section.not_run == []
 
 
 # -- growth, memory, accuracy, threads -----------------------------------------------------------------------
@@ -252,6 +363,9 @@ def test_peaks_of_memory():
         np.ones(500_000)
 
     assert 4_000_000 <= memory.traced_peak(transient) < 4_100_000
+    found = memory.peaks(gradients({"a": (1000, 1000)}))
+    assert found["functional"]["tracemalloc"] >= 4_000_000
+    assert found["in place"]["tracemalloc"] < 1_000_000
     peak = memory.resident_peak(lambda: np.ones(8_000_000))
     if peak is not None:
         assert peak > 60_000_000
@@ -523,7 +637,7 @@ def test_what_is_not_installed_is_named(tmp_path):
         "sys.meta_path.insert(0, Absent)\n"
     )
     done = command(
-        *("--short", "--only", "numpy", "jax", "step", "gpu", "--trees", "mlp", "--out", tmp_path / "out"),
+        *("--short", "--only", "numpy", "torch", "jax", "step", "gpu", "--trees", "mlp", "--out", tmp_path / "out"),
         cwd=tmp_path,
         before="sys.path.insert(0, '.'); import absent",
     )
@@ -531,6 +645,7 @@ def test_what_is_not_installed_is_named(tmp_path):
     named = done.stdout.split("Not run:\n")[1]
     for said in (
         "torch beside NumPy: ",
+        "torch: ",
         "jax: ",
         "step: ",
         "GPU: none found, not run",

@@ -29,6 +29,7 @@ MODULES = sorted(
 
 #: Engines, and `gradclip.distributed`, whose example with JAX is run.
 NEEDS = {
+    "gradclip._backends.torch.cuda": "cupy",
     "gradclip.distributed": "jax",
     "gradclip.distributed._jax": "jax",
     "gradclip.distributed._mpi": "mpi4py",

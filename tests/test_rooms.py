@@ -82,8 +82,10 @@ ALSO_NAMED = {
 }
 
 
+#: Beyond their own: what else a folder names.
+OTHERS = {"jax": ("jaxlib",), "numpy": ("ml_dtypes",), "monitor": ("matplotlib",)}
 #: Whose arrays may be other libraries', too: plain tensors are worked on as NumPy's and CuPy's, on the same memory.
-BESIDE = {"torch": ("numpy", "cupy")}
+BESIDE = {"torch": ("numpy", "cupy", "ml_dtypes")}
 
 
 def room_of(file: str) -> str:
@@ -155,7 +157,7 @@ def may_name(file: str) -> set[str]:
     if not own:
         return ALSO_NAMED.get(file, set())
     # The host's arrays are NumPy's, whoever computes; bfloat16 on the host is ml_dtypes's.
-    return {own, "numpy", *{"jax": ("jaxlib",), "numpy": ("ml_dtypes",), "monitor": ("matplotlib",)}.get(own, ())}
+    return {own, "numpy", *OTHERS.get(own, ()), *(BESIDE.get(own, ()) if room == "backends" else ())}
 
 
 def may_import_at_once(file: str) -> set[str]:

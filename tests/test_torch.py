@@ -264,7 +264,8 @@ def test_plain_tensors_are_worked_on_where_they_are(torch: Any, dtype: str) -> N
     x = torch.ones(3, 4, dtype=getattr(torch, dtype))
     for leaf in (x, x.T, x[:, ::2], x[0, 0], x[:0]):
         assert taken_by(torch, [leaf, x]) == "HostBackend"
-        arrays = backend_of({"torch": x}).adopt([leaf])[1].arrays
+        backend, adopted = backend_of({"torch": x}).adopt([leaf])
+        arrays = backend.arrays(adopted)
         assert arrays[0].ctypes.data == leaf.data_ptr() or leaf.numel() == 0
         assert arrays[0].shape == leaf.shape
 
@@ -293,7 +294,7 @@ def test_what_torch_must_see_is_left_to_the_reference(torch: Any) -> None:
     with Looking():
         found.append(taken_by(torch, [x]))
     with FakeTensorMode() as mode:
-        found.append(taken_by(torch, [mode.from_tensor(x)]))
+        assert taken_by(torch, [mode.from_tensor(x)]) == "TracedBackend"
     with torch.autograd.forward_ad.dual_level():
         found.append(taken_by(torch, [x]))
     torch.func.vmap(lambda row: found.append(taken_by(torch, [row])) or row)(torch.ones(2, 3))
@@ -482,3 +483,15 @@ def test_in_place_nothing_as_large_as_a_leaf_is_allocated(torch: Any) -> None:
     names = {event.name: event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 3e6}
     assert names == {}
     assert max(peaks.values()) < 16e6, max(peaks, key=peaks.__getitem__)
+
+
+@torch_only
+def test_a_tensor_can_be_resized_after_a_clip(torch: Any) -> None:
+    """FSDP frees its storages so; after `Tensor.numpy()` torch refuses it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([3.0, 4.0], dtype=dtype)
+        assert gradclip.clip_grad_norm_([x], 1.0) == 5
+        assert x.resize_(3).shape == (3,)
+        x.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"shape \(3,\) has no memory: its storage was freed"):
+            gradclip.clip_grad_norm_([x], 1.0)

@@ -17,11 +17,9 @@ from gradclip._types import Array, Nonfinite, ReduceOp
 
 
 class Tensors(list[Any]):
-    """Tensors, and the array of each."""
+    """Tensors, and the array of each, made when it is wanted."""
 
-    def __init__(self, tensors: Sequence[Array], arrays: Sequence[Array]) -> None:
-        super().__init__(tensors)
-        self.arrays = arrays
+    arrays: Sequence[Array] | None = None
 
 
 class BorrowedBackend(PlainBackend):
@@ -31,8 +29,12 @@ class BorrowedBackend(PlainBackend):
         super().__init__()
         self.lender = lender
 
+    def takes(self, x: Array) -> bool:
+        """Whether a tensor has an array: it is there, of a dtype that is known there, and as it lies in memory."""
+        raise NotImplementedError
+
     def array(self, x: Array) -> Array:
-        """A tensor as an array. Raises TypeError or RuntimeError if it has none, or its elements are told otherwise."""
+        """A tensor as an array."""
         raise NotImplementedError
 
     def tensor(self, x: Array) -> Array:
@@ -45,17 +47,16 @@ class BorrowedBackend(PlainBackend):
 
     def tensors(self, leaves: Sequence[Array]) -> Tensors | None:
         """The leaves with their arrays; None if one has none."""
-        leaves = values(leaves)
-        try:
-            return Tensors(leaves, self.arrays(leaves))
-        except (TypeError, RuntimeError):
-            return None
+        found = Tensors(values(leaves))
+        return found if all(map(self.takes, found)) else None
 
     def arrays(self, leaves: Sequence[Array]) -> Sequence[Array]:
         """The arrays of tensors, as the lender adopts them."""
+        known = leaves.arrays if isinstance(leaves, Tensors) else None
+        arrays = known or self.lender.adopt(list(map(self.array, leaves)))[1]
         if isinstance(leaves, Tensors):
-            return leaves.arrays
-        return self.lender.adopt(list(map(self.array, leaves)))[1]
+            leaves.arrays = arrays
+        return arrays
 
     def bounds(self, given: Bounds, leaves: Sequence[Array]) -> Bounds:
         return self.lender.bounds(Bounds(*map(self._lent, given)), self.arrays(leaves))

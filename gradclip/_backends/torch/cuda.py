@@ -29,10 +29,11 @@ class CudaBackend(BorrowedBackend):
     def __init__(self) -> None:
         super().__init__(CupyBackend())
 
+    def takes(self, x: Array) -> bool:
+        return x.dtype in _dtypes() and not (x.is_conj() or x.is_neg())
+
     def array(self, x: Array) -> Array:
-        dtype = _dtypes().get(x.dtype)
-        if dtype is None or x.is_conj() or x.is_neg():
-            raise TypeError(f"CuPy has no array for {x.dtype}, or for what is conjugated or negated where it is read")
+        dtype = _dtypes()[x.dtype]
         if not x.numel():
             return cupy.ndarray(tuple(x.shape), dtype)
         memory = cupy.cuda.UnownedMemory(x.data_ptr(), x.untyped_storage().nbytes(), x, _device(x))

@@ -50,21 +50,19 @@ def values(leaves: Sequence[Array]) -> Sequence[Array]:
 def may_overlap(leaves: Sequence[Array]) -> bool:
     """Whether two elements may share memory: of two leaves, as their first and last bytes say, or of one."""
     held = [x for x in leaves if x.numel()]
-    spans = sorted(zip(map(torch.Tensor.data_ptr, held), map(_span, held), strict=True))
-    return any(start + n > other for (start, n), (other, _) in pairwise(spans)) or any(map(_is_folded, held))
+    whole = all(map(torch.Tensor.is_contiguous, held))
+    spans = sorted(zip(map(torch.Tensor.data_ptr, held), map(_nbytes if whole else _span, held), strict=True))
+    touch = any(start + n > other for (start, n), (other, _) in pairwise(spans))
+    return touch or (not whole and any(map(_is_folded, held)))
 
 
 def _span(x: Array) -> int:
     """The bytes from its first element to its last, that among them."""
-    if x.is_contiguous():
-        return x.nbytes
     return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def _is_folded(x: Array) -> bool:
     """Whether elements of one tensor may share memory: a stride is within shorter ones."""
-    if x.is_contiguous():
-        return False
     reach = 1
     for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride < reach:
