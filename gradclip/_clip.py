@@ -154,7 +154,7 @@ def clip_grad_norm(
         (``"grads['encoder'][3]"``) and the leaf. Label None: left alone, not counted.
     nonfinite : {"propagate", "zero", "error"}, static
         If an element is inf or NaN: its group all NaN, all zeros, or `NonFiniteError`. "error" lets the host wait for
-        one number a group; under `jax.jit` it needs `jax.experimental.checkify`.
+        one number a group; under `jax.jit` it needs `jax.experimental.checkify`, under `torch.compile` it is refused.
     norm : float or 0-d array, optional
         The norm of these gradients (after `divide_by`), if known already, as it would come back. It is trusted.
     divide_by : float or 0-d array, optional
