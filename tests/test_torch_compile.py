@@ -35,7 +35,9 @@ inductor = pytest.param(
         pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, and g++ is not here"),
     ],
 )
-each_compiler = pytest.mark.parametrize("compiler", ["eager", "aot_eager", inductor])
+each_compiler = pytest.mark.parametrize(
+    "compiler", [pytest.param("eager", marks=pytest.mark.full), "aot_eager", inductor]
+)
 Pair = namedtuple("Pair", ["first", "second"])
 
 
@@ -125,6 +127,7 @@ def test_a_verb_is_one_graph_and_gives_what_it_gives_outside(name: str, compiler
     assert sum(node.op == "call_function" and "_run" in str(node.target) for node in counted.graphs[0].graph.nodes) == 1
 
 
+@pytest.mark.full
 def test_the_sum_of_clipped_examples() -> None:
     g = [torch.tensor([[3.0, 4.0], [0.3, 0.4], [math.nan, 1.0]])]
     assert_same(compiled(lambda g: gradclip.clipped_sum(g, 1.0))(g), gradclip.clipped_sum(g, 1.0))
@@ -299,7 +302,7 @@ def test_the_derivative_is_exact(compiler: str, fused: tuple[str, ...], monkeypa
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, math.inf, -math.inf, 0.0, "rms"])
 def test_the_backend_for_traced_leaves_equals_the_reference(p: Any, dtype: str, monkeypatch: Any) -> None:
@@ -331,7 +334,7 @@ def test_the_backend_for_traced_leaves_equals_the_reference(p: Any, dtype: str, 
 # -- bounds and shapes that change -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", [pytest.param("eager", marks=pytest.mark.full), "aot_eager"])
 def test_another_bound_is_right_and_compiles_little(compiler: str) -> None:
     counted = CompileCounterWithBackend(compiler)
     run = compiled(lambda g, c: gradclip.clip_grad_norm(g, c).grads, counted)
