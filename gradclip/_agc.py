@@ -6,11 +6,13 @@ from typing import TypeVar
 
 from gradclip._call import given, settled
 from gradclip._decide import Bounds
+from gradclip._libraries import compilable
 from gradclip._types import AllReduce, Clipped, Nonfinite, NormType, Per, Scalar, Tree
 
 T = TypeVar("T")
 
 
+@compilable
 def clip_grad_agc(
     grads: T,
     params: Tree,

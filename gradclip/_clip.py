@@ -14,11 +14,13 @@ from gradclip import _arguments
 from gradclip._call import given, settled
 from gradclip._decide import Bounds
 from gradclip._leaves import refuse_unwritable
+from gradclip._libraries import compilable
 from gradclip._types import AllReduce, Array, Clipped, Nonfinite, NormType, Per, Scalar, Tree
 
 T = TypeVar("T")
 
 
+@compilable
 def global_norm(grads: Tree, norm_type: NormType = 2.0, *, all_reduce: AllReduce | None = None) -> Array:
     r"""Return the p-norm of all leaves taken together as one vector.
 
@@ -65,6 +67,7 @@ def global_norm(grads: Tree, norm_type: NormType = 2.0, *, all_reduce: AllReduce
     return norms(grads, norm_type, per=None, all_reduce=all_reduce)
 
 
+@compilable
 def norms(grads: Tree, norm_type: NormType = 2.0, *, per: Per = "leaf", all_reduce: AllReduce | None = None) -> Any:
     r"""Return the p-norm of every group of elements, all in one pass.
 
@@ -113,6 +116,7 @@ def norms(grads: Tree, norm_type: NormType = 2.0, *, per: Per = "leaf", all_redu
         return call.grouped.norms(settled(call).norms)
 
 
+@compilable
 def clip_grad_norm(
     grads: T,
     max_norm: Scalar,
@@ -150,7 +154,7 @@ def clip_grad_norm(
         (``"grads['encoder'][3]"``) and the leaf. Label None: left alone, not counted.
     nonfinite : {"propagate", "zero", "error"}, static
         If an element is inf or NaN: its group all NaN, all zeros, or `NonFiniteError`. "error" lets the host wait for
-        one number a group; under `jax.jit` it needs `jax.experimental.checkify`.
+        one number a group; under `jax.jit` it needs `jax.experimental.checkify`, under `torch.compile` it is refused.
     norm : float or 0-d array, optional
         The norm of these gradients (after `divide_by`), if known already, as it would come back. It is trusted.
     divide_by : float or 0-d array, optional
@@ -188,6 +192,7 @@ def clip_grad_norm(
         return Clipped(call.grouped.flat.rebuild(list(leaves)), call.grouped.norms(verdict.norms))
 
 
+@compilable
 def clip_grad_norm_(
     grads: Tree,
     max_norm: Scalar,

@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 
 from gradclip import _arguments
 from gradclip._leaves import active, backend_for, refuse_complex, refuse_unwritable
+from gradclip._libraries import compilable
 from gradclip._types import Tree
 
 T = TypeVar("T")
 
 
+@compilable
 def clip_grad_value(grads: T, clip_value: Any) -> T:
     r"""Limit every gradient element: return ``min(max(g, lo), hi)``, element by element.
 
@@ -50,6 +52,7 @@ def clip_grad_value(grads: T, clip_value: Any) -> T:
     return _clipped(grads, clip_value, in_place=False)  # type: ignore[no-any-return]
 
 
+@compilable
 def clip_grad_value_(grads: Tree, clip_value: Any) -> None:
     """Limit every gradient element as `clip_grad_value` does, in place.
 

@@ -6,16 +6,18 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import array_api_compat
 
 from gradclip._backends.generic import Backend
 from gradclip._dtypes import dtype_name
-from gradclip._types import Array
+from gradclip._types import VERBS, Array
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Library(NamedTuple):
@@ -81,6 +83,23 @@ def backend_of(names: dict[str, Any]) -> Backend:
     for name, example in names.items():
         return _own(name) if name in LIBRARIES else Backend(array_api_compat.array_namespace(example))
     return _own("numpy")
+
+
+def compilable(verb: F) -> F:
+    """A public function that `torch.compile` takes as one operation; called outside of that, it is as it was."""
+    VERBS[verb.__name__] = verb
+    parameters = verb.__code__.co_varnames[: verb.__code__.co_argcount]
+
+    @wraps(verb)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.compiler.is_dynamo_compiling():
+            from gradclip._backends.torch import compiled
+
+            return compiled.call(verb.__name__, parameters, args, kwargs)
+        return verb(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 @lru_cache

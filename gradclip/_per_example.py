@@ -8,6 +8,7 @@ from gradclip import _arguments
 from gradclip._call import given, settled
 from gradclip._decide import Bounds
 from gradclip._dtypes import COMPONENT_BITS, dtype_name
+from gradclip._libraries import compilable
 from gradclip._types import AllReduce, ClippedSum, Nonfinite, NormType, Scalar
 
 T = TypeVar("T")
@@ -17,6 +18,7 @@ T = TypeVar("T")
 _MARGIN_SINGLE, _MARGIN_DOUBLE = 2.0**-19, 2.0**-42
 
 
+@compilable
 def clipped_sum(
     grads: T,
     max_norm: Scalar,

@@ -35,6 +35,9 @@ Nonfinite = Literal["propagate", "zero", "error"]
 
 T = TypeVar("T")
 
+VERBS: dict[str, Callable[..., Any]] = {}
+"""The public functions that take gradients, by name: for one that is called from within a traced program."""
+
 
 class Clipped(NamedTuple, Generic[T]):
     """What `clip_grad_norm` returns: `grads, norm = clip_grad_norm(...)`.

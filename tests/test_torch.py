@@ -294,7 +294,7 @@ def test_what_torch_must_see_is_left_to_the_reference(torch: Any) -> None:
     with Looking():
         found.append(taken_by(torch, [x]))
     with FakeTensorMode() as mode:
-        found.append(taken_by(torch, [mode.from_tensor(x)]))
+        assert taken_by(torch, [mode.from_tensor(x)]) == "TracedBackend"
     with torch.autograd.forward_ad.dual_level():
         found.append(taken_by(torch, [x]))
     torch.func.vmap(lambda row: found.append(taken_by(torch, [row])) or row)(torch.ones(2, 3))

@@ -191,6 +191,8 @@ def get_total_norm(
     policy: Nonfinite = "error" if _arguments.flag("error_if_nonfinite", error_if_nonfinite) else "propagate"
     with torch.no_grad():
         values, mesh = _parts([None if x is None else x.detach() for x in each(tensors, "tensors")], None, all_reduce)
+        if policy == "propagate":
+            return _given_back(_clip.global_norm(values, norm_type, all_reduce=mesh or all_reduce), mesh)
         call = given(values, norm_type, None, None, policy, mesh or all_reduce)
         with call.backend.session(call.leaves, in_place=False):
             return _given_back(call.grouped.norms(settled(call).norms), mesh)
@@ -265,4 +267,7 @@ def _given_back(norm: Any, mesh: Any) -> Any:
     """A norm as torch gives it. gradclip gives that of no gradients as NumPy's."""
     if mesh is not None:
         return mesh.back(norm)
-    return norm if isinstance(norm, torch.Tensor | list | dict) else torch.as_tensor(norm)
+    return norm if isinstance(norm, _GIVEN) else torch.as_tensor(norm)
+
+
+_GIVEN = (torch.Tensor, list, dict)  # a tuple: `torch.compile` does not follow every union of types

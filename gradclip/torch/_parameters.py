@@ -15,6 +15,9 @@ _REPAIR = {
     "tensors": "pass tensors, for example [p.grad for p in model.parameters()]",
 }
 
+#: What is iterable, and no iterable of tensors. A tuple: `torch.compile` does not follow every union of types.
+_NO_ITERABLES = (Mapping, str)
+
 
 def gradients(parameters: Any) -> list[Any]:
     """The gradients of parameters, None where there is none. Raises LeafError unless one of them may have one."""
@@ -39,7 +42,7 @@ def each(tensors: Any, name: str) -> list[Any]:
     if isinstance(tensors, torch.Tensor):
         return [tensors]
     is_module = isinstance(tensors, torch.nn.Module) and not isinstance(tensors, torch.nn.ParameterList)
-    if is_module or isinstance(tensors, Mapping | str) or not isinstance(tensors, Iterable):
+    if is_module or isinstance(tensors, _NO_ITERABLES) or not isinstance(tensors, Iterable):
         raise LeafError(f"{name} is {_described(tensors)}: {_REPAIR[name]}")
     found = list(tensors)
     if not found and isinstance(tensors, Iterator):

@@ -1,7 +1,7 @@
 """PyTorch: plain tensors go to who does them best, what torch must see, to trace or differentiate it, to the reference.
 
 `host` does plain tensors on the CPU, by NumPy and torch's own products; `cuda` those on GPUs, by CuPy's kernels, and
-`foreach` without CuPy.
+`foreach` without CuPy. `traced` does those of a program that torch compiles, which the verbs enter by `compiled`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from gradclip._backends.generic import Backend
 from gradclip._backends.torch.foreach import ForeachBackend
 from gradclip._backends.torch.host import HostBackend
 from gradclip._backends.torch.plain import PlainBackend
+from gradclip._backends.torch.traced import TracedBackend
 from gradclip._types import Array
 
 _is_cuda, _requires_grad = attrgetter("is_cuda"), attrgetter("requires_grad")
@@ -29,11 +32,11 @@ class TorchBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__(xp)
-        self._host = HostBackend()
+        self._host, self._traced = HostBackend(), TracedBackend()
 
     def adopt(self, leaves: Sequence[Array], bounds: Sequence[Any] = ()) -> tuple[Backend, Sequence[Array]]:
         if not leaves or _is_seen(leaves, bounds):
-            return self, leaves
+            return self._traced if leaves and _are_traced(leaves) else self, leaves
         backends = (self._host,) if leaves[0].is_cpu else _on_gpus() if all(map(_is_cuda, leaves)) else ()
         for backend in backends:
             found = backend.tensors(leaves)
@@ -51,6 +54,11 @@ def _on_gpus() -> tuple[PlainBackend, ...]:
 
             return CudaBackend(), ForeachBackend()
     return (ForeachBackend(),)
+
+
+def _are_traced(leaves: Sequence[Array]) -> bool:
+    """Whether tensors stand for those of a program's later runs."""
+    return all(isinstance(x, FakeTensor | FunctionalTensor) for x in leaves)
 
 
 def _is_seen(leaves: Sequence[Array], bounds: Sequence[Any]) -> bool:
