@@ -367,8 +367,7 @@ def test_leaves_of_two_widths_in_one_group(torch: Any) -> None:
 
 
 @torch_only
-@pytest.mark.parametrize("n", [1, 2, 511, 1025, 131072 + 3])
-@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize(("n", "start"), [(1, 0), (2, 1), (511, 0), (1025, 1), (131072 + 3, 1)])
 def test_bfloat16_is_read_by_its_bits(torch: Any, n: int, start: int) -> None:
     """Two at once, wherever they begin; NaN, infinities and numbers whose squares leave float32 among them."""
     host = np.random.default_rng(n).normal(size=n + start).astype(np_dtype("bfloat16"))

@@ -164,6 +164,7 @@ def test_containers_come_back_as_they_were() -> None:
         assert_same(compiled(lambda g: gradclip.clip_grad_norm(g, 2.5).grads)(given), wanted)
 
 
+@pytest.mark.full
 def test_iterators_are_read_and_come_as_lists() -> None:
     def run(g: Any) -> Any:
         return (
@@ -180,6 +181,7 @@ def biases_apart(path: str, leaf: Any) -> Any:
     return ("b", 0) if path.endswith("['b']") and leaf.ndim == 1 else None
 
 
+@pytest.mark.full
 def test_labels_of_a_function_and_of_any_kind() -> None:
     g = {"w": torch.tensor([3.0, 4.0]), "deep": {"b": torch.tensor([6.0, 8.0])}}
 
@@ -250,6 +252,7 @@ def test_float32_is_exact_to_its_edges(compiler: str) -> None:
             assert abs(mpmath.mpf(float(got)) - want) <= 1.5 * exact.ulp(want, "float32")
 
 
+@pytest.mark.full
 @each_compiler
 def test_float64_is_exact_in_long_rows_and_beyond_squares(compiler: str) -> None:
     run = compiled(lambda g: [[gradclip.global_norm(x, p) for p in (2.0, 1.0)] for x in g], compiler)
@@ -282,6 +285,7 @@ def test_what_is_not_finite_is_answered_by_the_policy(compiler: str) -> None:
     assert np.array_equal(kept[0].numpy().view(np.int32), np.float32([-0.0, 1e-45, 3e38]).view(np.int32))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fused", [("cpu",), pytest.param((), marks=pytest.mark.full)])
 @each_compiler
 def test_the_derivative_is_exact(compiler: str, fused: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +338,7 @@ def test_the_backend_for_traced_leaves_equals_the_reference(p: Any, dtype: str, 
 # -- bounds and shapes that change -------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("compiler", [pytest.param("eager", marks=pytest.mark.full), "aot_eager"])
 def test_another_bound_is_right_and_compiles_little(compiler: str) -> None:
     counted = CompileCounterWithBackend(compiler)
@@ -348,6 +353,7 @@ def test_another_bound_is_right_and_compiles_little(compiler: str) -> None:
         torch.testing.assert_close(got, torch.tensor([0.6, 0.8]) * max(bound, 0.0 * bound), equal_nan=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "p", [2.0, pytest.param("rms", marks=pytest.mark.full), pytest.param(3.0, marks=pytest.mark.full)]
 )
@@ -360,6 +366,7 @@ def test_shapes_may_be_dynamic(p: Any) -> None:
     assert counted.frame_count <= 3  # no number, then one unknown, then two
 
 
+@pytest.mark.full
 def test_another_number_of_groups_is_another_program() -> None:
     run = compiled(lambda x: gradclip.clipped_sum([x], 1.0))
     for n in (2, 3):
@@ -399,6 +406,7 @@ def test_outside_of_a_program_a_verb_is_what_it_was() -> None:
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_leaf_adds_few_operations_to_the_program() -> None:
     counts = []
     for n in (2, 6):
