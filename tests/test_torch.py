@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from fractions import Fraction
 from typing import Any
 
 import mpmath
@@ -494,3 +495,43 @@ def test_a_tensor_can_be_resized_after_a_clip(torch: Any) -> None:
         x.untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match=r"shape \(3,\) has no memory: its storage was freed"):
             gradclip.clip_grad_norm_([x], 1.0)
+
+
+def _two_norm(host: np.ndarray) -> Any:
+    """That of numbers of which there are few different ones."""
+    values, counts = np.unique(host, return_counts=True)
+    squares = sum(Fraction(v) ** 2 * n for v, n in zip(values.tolist(), counts.tolist(), strict=True))
+    return mpmath.sqrt(mpmath.mpf(squares.numerator) / squares.denominator)
+
+
+@torch_only
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_long_rows_of_16_bits_are_exact(torch: Any, dtype: str) -> None:
+    """Whatever repeats in them: equal elements, a far mean, changing signs, a large one among tiny ones."""
+    kind = getattr(torch, dtype)
+    n = 70_000
+    ramp = torch.arange(n) % 1021
+    for x in (
+        torch.full((n,), 1.2890625),
+        1000 + ramp / 64,
+        torch.where(ramp % 2 == 0, 100.0, -100.0) + ramp / 1024,
+        torch.where(ramp == 7, 200.0, 2.0**-9),
+    ):
+        x = x.to(kind)
+        host = x.to(torch.float64).numpy()
+        want = _two_norm(host)
+        exact.check_norm(gradclip.global_norm([x]), want, "float32")
+        exact.check_norm(gradclip.global_norm([x.view(-1, 7).T]), want, "float32")
+    x[-1] = INF
+    assert gradclip.global_norm([x]) == INF
+    x[5] = math.nan
+    assert gradclip.global_norm([x]).isnan()
+
+
+@torch_only
+def test_little_leaves_are_strung_together(torch: Any) -> None:
+    """In any layout, more than are strung at once, some of no elements, beside a large one."""
+    leaves = [torch.full((n % 97, 2), 1.0 + n % 3).T for n in range(3000)] + [torch.full((9000,), 2.0)]
+    want = mpmath.sqrt(sum(2 * (n % 97) * (1 + n % 3) ** 2 for n in range(3000)) + 4 * 9000)
+    exact.check_norm(gradclip.global_norm(leaves), want, "float32")
+    assert gradclip.global_norm(leaves, INF) == 3

@@ -21,7 +21,7 @@ from gradclip._backends.generic import Backend
 from gradclip._backends.numpy import policy, scaling, units
 from gradclip._backends.numpy.jobs import BLOCK, Leaves, asked, jobs_of, shared, sums_of
 from gradclip._backends.numpy.loops import blocks
-from gradclip._backends.numpy.sixteen import CHUNK, plain
+from gradclip._backends.numpy.sixteen import CHUNK, NARROW, plain
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import Norm, RmsNorm, Seen, TwoNorm, identity
@@ -89,7 +89,7 @@ class NumpyBackend(Backend):
     def _of_whole(self, leaves: Sequence[Array], base: Sequence[int], norm: Norm, groups: Groups, out: Array) -> None:
         """The sums of leaves of one group each."""
         jobs = jobs_of(leaves, base, groups)
-        each = shared(sums_of, jobs, leaves, "float16", "bfloat16")
+        each = shared(sums_of, jobs, leaves, *NARROW)
         total = math.fsum(chain.from_iterable(each))
         if groups.count == 1 and total == total:
             out[1, 0] = total
@@ -122,7 +122,7 @@ class NumpyBackend(Backend):
             for i, x in views.items()
             for part, some in units.pieces(x, 2 * BLOCK)
         ]
-        sums = shared(lambda job: units.squares(job[1], job[3]), jobs, leaves, "float16", "bfloat16")
+        sums = shared(lambda job: units.squares(job[1], job[3]), jobs, leaves, *NARROW)
         own = {i: np.zeros((norm.slots[0], x.shape[1])) for i, x in views.items()}
         for (i, part, some, _), found in zip(jobs, sums, strict=True):
             bad = np.flatnonzero(np.isnan(found))
@@ -209,7 +209,7 @@ class NumpyBackend(Backend):
         matrices = [units.matrix(x) for x in leaves]
         width = max(1, 2 * BLOCK // max(1, groups.count))
         jobs = [(i, x[:, at : at + width]) for i, x in enumerate(matrices) for at in range(0, x.shape[1], width)]
-        sums = shared(lambda job: units.weighted_sum(job[1], by), jobs, leaves, "float16", "bfloat16")
+        sums = shared(lambda job: units.weighted_sum(job[1], by), jobs, leaves, *NARROW)
         parts: list[list[Array]] = [[np.zeros(0)] for _ in leaves]
         for (i, _), total in zip(jobs, sums, strict=True):
             parts[i].append(total)

@@ -23,6 +23,9 @@ CHUNK = 1 << 17
 #: bfloat16 by its bits, of which a float32 number has 16 more: what another library has, where NumPy has no such dtype.
 BITS = np.dtype(np.uint16)
 
+#: The dtypes that are worked on in many short steps.
+NARROW = ("float16", "bfloat16", BITS.name)
+
 
 class _Scratch(threading.local):
     """Each thread's own memory for one chunk; what is not written to takes none."""
