@@ -92,8 +92,8 @@ def compilable(verb: F) -> F:
 
     @wraps(verb)
     def called(*args: Any, **kwargs: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.compiler.is_dynamo_compiling():
+        compiler = getattr(sys.modules.get("torch"), "compiler", None)  # it may be half imported
+        if compiler is not None and compiler.is_dynamo_compiling():
             from gradclip._backends.torch import compiled
 
             return compiled.call(verb.__name__, parameters, args, kwargs)

@@ -535,3 +535,19 @@ def test_little_leaves_are_strung_together(torch: Any) -> None:
     want = mpmath.sqrt(sum(2 * (n % 97) * (1 + n % 3) ** 2 for n in range(3000)) + 4 * 9000)
     exact.check_norm(gradclip.global_norm(leaves), want, "float32")
     assert gradclip.global_norm(leaves, INF) == 3
+
+
+@torch_only
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
+def test_the_default_device_is_not_that_of_the_gradients(torch: Any, dtype: str) -> None:
+    """Where another one is the default, numbers that a clip needs are made where the gradients are."""
+    x = torch.tensor([3.0, 4.0], dtype=getattr(torch, dtype), device="cpu")
+    with torch.device("meta"):
+        for per in (None, "leaf"):
+            grads, norm = gradclip.clip_grad_norm([x], 1.0, per=per)
+            assert (grads[0].device.type, (norm[0] if per else norm).device.type) == ("cpu", "cpu")
+            gradclip.clip_grad_norm_([x], 2.5, per=per)
+        assert gradclip.clip_grad_norm_([x], 1.0, 3.0).device.type == "cpu"
+        if not x.is_complex():
+            gradclip.clip_grad_value_([x], 0.5)
+            assert x.tolist()[1] == 0.5

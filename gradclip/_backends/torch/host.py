@@ -208,7 +208,7 @@ def _as_tensor(number: float, dtype: Any) -> Array:
     """A number to multiply leaves by, in half the time. In place, too, it is then rounded to float32 for 16-bit leaves,
     not to these leaves' own dtype.
     """
-    return torch.tensor(number, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    return torch.tensor(number, dtype=torch.float64 if dtype is torch.float64 else torch.float32, device="cpu")
 
 
 def _as_tensors(numbers: Sequence[float], leaves: Sequence[Array]) -> list[Array]:

@@ -45,7 +45,7 @@ class PlainBackend(Backend):
 @lru_cache(64)
 def _rounded(bound: float, dtype: Any) -> float:
     """A bound as that dtype has it. (`torch.tensor` refuses one beyond the dtype's range.)"""
-    return float(torch.tensor(bound, dtype=torch.float64).to(dtype))
+    return float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype))
 
 
 def values(leaves: Sequence[Array]) -> Sequence[Array]:
