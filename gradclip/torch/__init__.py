@@ -256,7 +256,7 @@ def _parts(tensors: list[Any], per: Per, all_reduce: AllReduce | None) -> tuple[
     Units and examples are groups along an axis, which may itself be sharded.
     """
     along_axis = per in ("unit", "example") if isinstance(per, str) else isinstance(per, Units)
-    if all_reduce is not None or along_axis or not any(hasattr(x, "to_local") for x in set(map(type, tensors))):
+    if all_reduce is not None or along_axis or not any(hasattr(x, "to_local") for x in tensors):
         return tensors, None
     from gradclip.torch._dtensors import parts
 
