@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import reduce
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from gradclip._types import Array, Call, ReduceOp, Tree
+from gradclip._types import Array, Call, Leaf, ReduceOp, Tree
 from gradclip.distributed._ranks import AGREED, Ranks, head
 
 #: A message: what all ranks must agree on, then the partial, if there is room. Its length depends on how many ranks
@@ -32,6 +33,14 @@ class Torch(Ranks):
         super().__init__(group, replicated, dist.get_rank(group))
         self.device = _device(dist.get_backend_config(group))
         self.asks_once = self.device != "cpu"  # to read what a device has gathered is to wait for it
+
+    def kind(self, leaf: Leaf, told: Any) -> Hashable:
+        if hasattr(leaf.value, "to_local"):
+            raise TypeError(
+                f"{leaf.path} is a DTensor, which is joined over its own mesh, and torch joins local tensors: "
+                "pass x.to_local() of each, or no all_reduce"
+            )
+        return super().kind(leaf, told)
 
     def join(self, partial: Array, op: ReduceOp, call: Call) -> Array:
         mine = self._moved(partial)
@@ -55,11 +64,6 @@ class Torch(Ranks):
         if not isinstance(partial, torch.Tensor):
             kind = type(partial).__module__
             raise TypeError(f"torch joins torch and NumPy arrays, and these gradients are of {kind}")
-        if hasattr(partial, "to_local"):
-            raise TypeError(
-                "torch joins local tensors, and a DTensor is joined over its own mesh: pass x.to_local() of each, "
-                "or no all_reduce"
-            )
         if partial.requires_grad:
             raise TypeError(
                 "torch joins numbers without their derivatives: detach the gradients, or call gradclip under "

@@ -63,7 +63,9 @@ class HostBackend(BorrowedBackend):
         return all(map(_is_cpu, leaves)) and not odd
 
     def array(self, x: Array) -> Array:
-        if x.data_ptr() == 0 and x.numel():
+        if not x.numel():
+            return np.empty(tuple(x.shape), _TYPES[x.dtype])
+        if x.data_ptr() == 0:
             raise RuntimeError(f"a gradient of shape {tuple(x.shape)} has no memory: its storage was freed")
         memory = _Memory()
         memory.tensor = x
