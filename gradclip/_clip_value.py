@@ -82,9 +82,10 @@ def _clipped(grads: Tree, clip_value: Any, in_place: bool) -> Tree:
     refuse_complex(flat)
     pairs = _arguments.bounds(clip_value, flat)
     beside = [bound for pair in pairs for bound in pair]
-    backend, leaves = backend_for(flat, beside).adopt(flat.values, beside)
+    backend = backend_for(flat, beside)
     if in_place:
         refuse_unwritable(flat, "clip_grad_value")
-    with backend.session(flat.values, in_place):
+    backend, leaves = backend.adopt(flat.values, beside)
+    with backend.session(leaves, in_place):
         clamped = backend.clamp(leaves, pairs, in_place)
         return None if in_place else flat.rebuild(list(clamped))

@@ -88,6 +88,11 @@ def decide(
     return Decision(reported, Scaled(mantissa, numerator.exponent), denominator, finite, joined_finite)
 
 
+def may_blank(nonfinite: Nonfinite, is_told: bool) -> bool:
+    """Whether a factor may be 0 where an element is not finite. `is_told`: whether the norm was not measured."""
+    return nonfinite == "zero" or is_told
+
+
 def _reported(xp: Namespace, value: Array, wide: Any) -> Array:
     """Norms rounded to float32, but those that are wide: they stay in a dtype that holds them all where some are."""
     if isinstance(wide, bool):

@@ -99,7 +99,7 @@ def test_the_table_of_products_is_exact(factor):
     """
     factor, out = float(np.float32(factor)), EVERY.copy()
     with np.errstate(all="ignore"):  # as in a session
-        table = tables.tables_for([np.tile(EVERY, 2)], [0], [scaling._steps(factor, 1.0)], [False])[0]
+        table = tables.tables_for([np.tile(EVERY, 2)], [0], [scaling.steps_of(factor, 1.0)], [False])[0]
         tables.look_up(out, out, table)
         exactly = EVERY.astype(np.float64) * factor
         want = (exactly if factor > 1 else exactly.astype(np.float32)).astype(np.float16)
@@ -433,10 +433,13 @@ def test_the_policy_of_one_group_is_that_of_many(p, binned, given, nonfinite):
 
 
 def test_which_arrays_are_folded():
+    def folded(x):
+        return scaling.folds(x.strides, x.shape, x.itemsize)
+
     x = np.zeros((8, 9, 10))
     whole = [x, x.T, x[::2, 1:, ::-3], x[..., None], x[:, :1], x.transpose(1, 0, 2)[3:5], x[::-1].real]
-    assert not any(map(scaling._folded, whole))
+    assert not any(map(folded, whole))
     windows = np.lib.stride_tricks.sliding_window_view(x, (2, 2), axis=(0, 1))
-    assert scaling._folded(windows)
-    assert not scaling._folded(windows[::2, ::2])
-    assert scaling._folded(np.lib.stride_tricks.as_strided(x, (5, 5), (8, 16)))
+    assert folded(windows)
+    assert not folded(windows[::2, ::2])
+    assert folded(np.lib.stride_tricks.as_strided(x, (5, 5), (8, 16)))

@@ -38,7 +38,7 @@ def scaled(
     `product`: a leaf times any steps, given as arrays.
     """
     if groups.count == 1 and not groups.kept:
-        one = _steps(float(factors.factor), 1.0 if factors.shift is None else float(factors.shift))
+        one = steps_of(float(factors.factor), 1.0 if factors.shift is None else float(factors.shift))
         if not one:
             return leaves
         dtype = _PRODUCT.get((leaves.dtype, groups.wide[0]))
@@ -53,7 +53,7 @@ def scaled(
         numbers = [groups.base[i] for i in whole]
         base, wide = tuple(range(len(whole))), tuple(groups.each_wide[g] for g in numbers)
         few = factor[numbers], shift[numbers]
-    steps = list(map(_steps, few[0].tolist(), few[1].tolist()))
+    steps = list(map(steps_of, few[0].tolist(), few[1].tolist()))
     if not any(steps) and (changes is None or not changes.any()):
         return leaves
     if in_place and overlap(leaves):
@@ -111,15 +111,15 @@ def overlap(leaves: Sequence[Array]) -> bool:
     if all(map(is_, map(_base, leaves), repeat(None))):
         return len(set(map(id, leaves))) < len(leaves)
     spans = sorted(np.lib.array_utils.byte_bounds(x) for x in leaves if x.size)
-    return any(end > start for (_, end), (start, _) in pairwise(spans)) or any(map(_folded, leaves))
+    return any(end > start for (_, end), (start, _) in pairwise(spans)) or any(
+        not x.flags.forc and folds(x.strides, x.shape, x.itemsize) for x in leaves
+    )
 
 
-def _folded(x: Array) -> bool:
+def folds(strides: Sequence[int], shape: Sequence[int], unit: int) -> bool:
     """Whether elements of one array may share memory, as those of a sliding window: a stride is within shorter ones."""
-    if x.flags.forc:
-        return False
-    reach = x.itemsize
-    for stride, n in sorted((abs(stride), n) for stride, n in zip(x.strides, x.shape, strict=True) if n > 1):
+    reach = unit
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(strides, shape, strict=True) if n > 1):
         if stride < reach:
             return True
         reach += stride * (n - 1)
@@ -133,7 +133,7 @@ def both(factors: Factors, n: int) -> tuple[Array, Array]:
     return factor, shift
 
 
-def _steps(factor: float, shift: float) -> Sequence[float]:
+def steps_of(factor: float, shift: float) -> Sequence[float]:
     """What to multiply by, in this order: nothing, one normal float32 number, or two shifts and a factor between."""
     if shift == 1 and 2.0**-126 <= factor <= 2.0**126:
         return (factor,) if factor != 1 else ()

@@ -145,6 +145,12 @@ def _at_once(x: Array, wide: bool) -> int:
     return BLOCK if x.dtype.itemsize > 2 and not wide else CHUNK
 
 
+def are_usual(factor: Array, shift: Array) -> Array:
+    """Which factors are one step each: normal numbers in float32, too."""
+    usual: Array = (shift == 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)
+    return usual
+
+
 def scaling(
     leaf: Array,
     out: Array,
@@ -160,7 +166,7 @@ def scaling(
     """
     x, y = view(leaf, keep, out)
     row = factor if wide or leaf.dtype.char in "dD" else factor.astype(np.float32)
-    plain = ((shift == 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)).all()
+    plain = are_usual(factor, shift).all()
     if leaf.dtype.itemsize == 2:  # bit operations see no overflow
         plain = plain and not wide and row.max() <= 1
     cut = zip(pieces(x, BLOCK if plain else CHUNK), pieces(y, BLOCK if plain else CHUNK), strict=True)
@@ -238,7 +244,7 @@ class Weights(NamedTuple):
 
 
 def weights(factor: Array, shift: Array) -> Weights:
-    usual = (shift == 1) & (factor >= 2.0**-126) & (factor <= 2.0**126)
+    usual = are_usual(factor, shift)
     runs = (
         [[0, len(usual)]]
         if usual.all()

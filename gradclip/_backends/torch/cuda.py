@@ -2,7 +2,7 @@
 
 Memory is torch's, too: what CuPy makes in a call, results among it, comes from torch's caching allocator, so that there
 is one pool, and memory that is freed goes to nobody else before the stream is done with it. Never run on a GPU: the
-whole was run on emulated devices, with torch's streams and allocator replaced (`tests/test_torch_cuda.py`).
+whole was run on emulated devices, with torch's streams and allocator replaced (`tests/test_torch_gpu.py`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class CudaBackend(BorrowedBackend):
         super().__init__(CupyBackend())
 
     def takes(self, leaves: Sequence[Array]) -> bool:
-        return not any(x.dtype not in _dtypes() or x.is_conj() or x.is_neg() for x in leaves)
+        return not any(x.dtype not in _DTYPES or x.is_conj() or x.is_neg() for x in leaves)
 
     def array(self, x: Array) -> Array:
-        dtype = _dtypes()[x.dtype]
+        dtype = _DTYPES[x.dtype]
         if not x.numel():
             return cupy.ndarray(tuple(x.shape), dtype)
         memory = cupy.cuda.UnownedMemory(x.data_ptr(), x.untyped_storage().nbytes(), x, _device(x))
@@ -90,12 +90,9 @@ def _bfloat16() -> Any:
 _BFLOAT16 = _bfloat16()
 
 
-@lru_cache
-def _dtypes() -> dict[Any, Any]:
-    names = ("float16", "float32", "float64", "complex64", "complex128")
-    return {getattr(torch, name): np.dtype(name) for name in names} | (
-        {} if _BFLOAT16 is None else {torch.bfloat16: _BFLOAT16}
-    )
+_DTYPES = {getattr(torch, x): np.dtype(x) for x in ("float16", "float32", "float64", "complex64", "complex128")}
+if _BFLOAT16 is not None:
+    _DTYPES[torch.bfloat16] = _BFLOAT16
 
 
 class _Named:

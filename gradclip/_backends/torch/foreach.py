@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gradclip._backends.torch.plain import PlainBackend, may_overlap
-from gradclip._decide import Bounds, Verdict
+from gradclip._decide import Bounds, Verdict, may_blank
 from gradclip._groups import Groups
 from gradclip._norms import ExtremeNorm, Norm, OneNorm, RmsNorm, Seen, TwoNorm
 from gradclip._scaled import Factors
@@ -56,7 +56,7 @@ class ForeachBackend(PlainBackend):
         relative: bool = False,
     ) -> Verdict:
         verdict = super().decide(norm, partials, bounds, groups, nonfinite, relative)
-        if nonfinite == "zero" or not partials:
+        if may_blank(nonfinite, not partials):
             return verdict._replace(factors=_Zeros(*verdict.factors))
         return verdict
 

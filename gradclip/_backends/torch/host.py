@@ -14,7 +14,7 @@ import torch
 from torch._utils import _flatten_dense_tensors
 
 from gradclip._backends.leaf import against, pieces
-from gradclip._backends.numpy import NumpyBackend, scaling
+from gradclip._backends.numpy import NumpyBackend, scaling, units
 from gradclip._backends.numpy.jobs import asked
 from gradclip._backends.numpy.sixteen import BITS
 from gradclip._backends.torch.borrowed import BorrowedBackend
@@ -26,10 +26,6 @@ from gradclip._scaled import Factors
 from gradclip._types import Array, ReduceOp
 
 _dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
-
-#: Within these a factor is one step, in float32 too.
-_LEAST, _MOST = 2.0**-126, 2.0**126
-
 
 #: Leaves of up to so many elements are little; and so many elements are strung together.
 _LITTLE, _TOGETHER = 1 << 13, 1 << 17
@@ -189,7 +185,7 @@ def _multiply(leaf: Array, out: Array, factor: Array, shift: Array, keep: int | 
     if not factor.any():
         out.zero_()
         return
-    usual = not wide and bool(((shift == 1) & (factor >= _LEAST) & (factor <= _MOST)).all())
+    usual = not wide and units.are_usual(factor, shift).all()
     numbers = [factor.astype(np.float32)] if usual else [shift, factor, shift]
     steps = [torch.from_numpy(row).reshape(against(leaf, keep)).expand(leaf.shape) for row in numbers]
     zero = not factor.all()
@@ -202,7 +198,7 @@ def _multiply(leaf: Array, out: Array, factor: Array, shift: Array, keep: int | 
 
 def _is_one_step(factor: float, shift: float, x: Array, wide: bool) -> bool:
     """Whether torch's product with one number is what is wanted: not if it is to be formed wider than the leaf."""
-    usual = factor != factor or (shift == 1 and _LEAST <= factor <= _MOST)
+    usual = factor != factor or len(scaling.steps_of(factor, shift)) == 1
     return usual and (not wide or x.dtype in (torch.float64, torch.complex128))
 
 

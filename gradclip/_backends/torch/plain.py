@@ -11,6 +11,7 @@ import array_api_compat.torch as xp
 import torch
 
 from gradclip._backends.generic import Backend
+from gradclip._backends.numpy.scaling import folds
 from gradclip._types import Array
 
 _nbytes = attrgetter("nbytes")
@@ -60,19 +61,9 @@ def may_overlap(leaves: Sequence[Array]) -> bool:
     spans = sorted(zip(map(torch.Tensor.data_ptr, held), map(_nbytes if whole else _span, held), strict=True))
     starts, sizes = zip(*spans, strict=True) if spans else ((), ())
     apart = all(map(le, map(add, starts, sizes), starts[1:]))
-    return not apart or (not whole and any(map(_is_folded, held)))
+    return not apart or (not whole and any(folds(x.stride(), x.shape, 1) for x in held))
 
 
 def _span(x: Array) -> int:
     """The bytes from its first element to its last, that among them."""
     return x.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)))
-
-
-def _is_folded(x: Array) -> bool:
-    """Whether elements of one tensor may share memory: a stride is within shorter ones."""
-    reach = 1
-    for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-        if stride < reach:
-            return True
-        reach += stride * (n - 1)
-    return False
