@@ -96,18 +96,24 @@ def _checked(bounds: Bounds, grouped: Grouped, name: str) -> tuple[Bounds, list[
 
 def settled(given: Given) -> Verdict:
     """Measure, join, decide; raise if the policy asks for it. Nothing is written."""
-    backend, leaves, groups, shards = given.backend, given.leaves, given.groups, given.shards
-    measured, relative = groups, given.params is not None
+    return decided(given, () if given.bounds.norm is not None else measured(given))
+
+
+def measured(given: Given) -> Seen:
+    """The partials of the norms, joined with other shards."""
+    leaves, groups, shards = given.leaves, given.groups, given.shards
     if given.params is not None:
-        leaves, measured = [*leaves, *given.params], groups.beside()
-    bounds = given.bounds
+        leaves, groups = [*leaves, *given.params], groups.beside()
+    groups, join = (groups, None) if shards is None else (shards.measured, shards.join)
+    return given.backend.partials(leaves, given.norm, groups, join)
+
+
+def decided(given: Given, partials: Seen) -> Verdict:
+    """What is to be done, by these partials; raise if the policy asks for it."""
+    backend, bounds, relative = given.backend, given.bounds, given.params is not None
     if bounds.max_norm is not None:
-        bounds = backend.bounds(bounds, leaves)
-    partials: Seen = ()
-    if bounds.norm is None:
-        measured, join = (measured, None) if shards is None else (shards.measured, shards.join)
-        partials = backend.partials(leaves, given.norm, measured, join)
-    verdict = backend.decide(given.norm, partials, bounds, groups, given.nonfinite, relative)
+        bounds = backend.bounds(bounds, given.leaves if given.params is None else [*given.leaves, *given.params])
+    verdict = backend.decide(given.norm, partials, bounds, given.groups, given.nonfinite, relative)
     if given.nonfinite == "error":
-        raise_if_bad(backend, given.leaves, given.grouped.flat, verdict, shards)
+        raise_if_bad(backend, given.leaves, given.grouped.flat, verdict, given.shards)
     return verdict

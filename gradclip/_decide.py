@@ -19,7 +19,10 @@ class Bounds(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Rows. The factor of a group is `numerator / denominator`, a division that no policy is needed for."""
+    """Rows. The factor of a group is `numerator / denominator`, a division that no policy is needed for.
+
+    Where norms are all that is asked for, it is the norm itself, which may be beyond its dtype; NaN if not finite.
+    """
 
     norm: Array  # before clipping, as it is reported
     numerator: Scaled
@@ -53,7 +56,8 @@ def decide(
     if norms is not None and bounds.max_norm is None:
         value = norms.value(xp)
         unity, finite = Scaled(xp.ones_like(value), None), xp.isfinite(norms.mantissa)
-        return Decision(_reported(xp, value, wide), unity, unity, finite, finite)
+        known = xp.where(finite, norms.mantissa, xp.full_like(norms.mantissa, math.nan))
+        return Decision(_reported(xp, value, wide), Scaled(known, norms.exponent), unity, finite, finite)
     max_norm, divisor, unit = bounds.max_norm, bounds.divide_by, bounds.unit
     if params is not None:  # NaN stays NaN
         unit = unit.where(xp, unit.exceeds(xp, params), params)

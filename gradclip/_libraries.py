@@ -146,6 +146,26 @@ def detached(x: Any) -> Any:
     return x.detach() if _is(x, "torch", "Tensor") else x
 
 
+def constant(x: Array) -> Array:
+    """An array without its derivatives: what is made of it is a constant to them."""
+    if _is(x, "jax", "Array"):
+        return sys.modules["jax"].lax.stop_gradient(x)
+    return detached(x)
+
+
+def fused(function: F, x: Array) -> F:
+    """A function of arrays like `x`, its first argument aside, with small operations made one where each takes long.
+
+    JAX starts a program for every operation on arrays that are not traced, which takes 30 us.
+    """
+    return _jitted(function) if _is(x, "jax", "Array") else function
+
+
+@lru_cache
+def _jitted(function: F) -> F:
+    return sys.modules["jax"].jit(function, static_argnums=0)  # type: ignore[no-any-return]
+
+
 def unsuitable(x: Any) -> str:
     """What an array of a special class is, and what to pass instead; empty for any other."""
     kind = f"{type(x).__module__}.{type(x).__qualname__}"

@@ -138,7 +138,10 @@ class CupyBackend(Backend):
             return super().decide(norm, partials, bounds, groups, nonfinite, relative)
         n, one = groups.count, Scaled(1.0, None)
         given = *argument(bounds.max_norm or one), *argument(bounds.divide_by or one), *argument(bounds.unit or one)
-        given += (*_found(norm, partials), np.bool_(relative)) if partials else argument(bounds.norm)
+        if partials:
+            given += *_found(norm, partials), np.bool_(relative), np.bool_(bounds.max_norm is None)
+        else:
+            given += argument(bounds.norm)
         rows, finite = cupy.empty((3, n), cupy.float64), cupy.empty((2, n), cupy.bool_)
         flips, dtypes, places = _reports(groups)
         for i in range(0, len(flips), TURNS):

@@ -116,8 +116,9 @@ def settle(norm: Norm | None) -> str:
 
     None: for norms that are given. Its parameters: the outputs; where norms turn from float32 to float64 and back, the
     first group of the launch, how many groups there are, and whether what is not finite becomes 0; each bound; then,
-    unless norms are given, the columns, the flags of all shards, the partial of the pass before, and whether bounds are
-    relative to parameters, whose columns follow: what is not is relative to parameters of norm 0.
+    unless norms are given, the columns, the flags of all shards, the partial of the pass before, whether bounds are
+    relative to parameters, whose columns follow (what is not is relative to parameters of norm 0), and whether norms
+    are all that is asked for.
     """
     body, head, join = Printed(), "", ""
     names = ["max_norm", "divide_by", "unit", *(["norm"] if norm is None else [])]
@@ -126,7 +127,7 @@ def settle(norm: Norm | None) -> str:
     if norm is not None:
         last = len(norm.ops) - 1
         joining = _joining(norm, last)
-        parameters += [sums.COLUMNS, "const double* widths", "const double* seen", "bool relative"]
+        parameters += [sums.COLUMNS, "const double* widths", "const double* seen", "bool relative", "bool measures"]
         head = sums.JOINING % joining + sums.JOIN % joining
         norms = _finished(norm, "s", "c", " + g")
         others, own = _finished(norm, "ps", "pc", " + count + g"), Printed()
@@ -139,7 +140,12 @@ def settle(norm: Norm | None) -> str:
     zero = decide(xp, norms, bounds, wide, "zero", params)
     other = decide(xp, norms, bounds, wide, "propagate", params)
     numerator = zero.numerator.where(xp, Expression("zeroes", dtype="bool"), other.numerator)
-    factors = quotient(xp, numerator, other.denominator)
+    denominator = other.denominator
+    if norms is not None:
+        measures = Expression("measures", dtype="bool")
+        numerator = decide(xp, norms, Bounds(), wide, "propagate").numerator.where(xp, measures, numerator)
+        denominator = Scaled(xp.number(1.0), None).where(xp, measures, denominator)
+    factors = quotient(xp, numerator, denominator)
     shift = xp.number(1.0) if factors.shift is None else factors.shift
     shown = {name: body.name(getattr(other, name)) for name in ("norm", "finite", "joined_finite")}
     shown |= {"factor": body.name(factors.factor), "shift": body.name(shift)}

@@ -75,7 +75,8 @@ class HostBackend(BorrowedBackend):
             told["strides"] = tuple([n * x.itemsize for n in x.stride()])
         return np.asarray(memory)
 
-    tensor = staticmethod(torch.from_numpy)
+    def tensor(self, x: Array) -> Array:
+        return torch.from_numpy(np.asarray(x))
 
     def number(self, x: Array) -> Any:
         return x.detach().to("cpu", torch.float64).numpy()

@@ -1,0 +1,85 @@
+"""The norms of a step as one row, of the same order every time: `jax.jit` sorts the keys of a dict."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from gradclip._groups import Grouped
+from gradclip._tree import flatten, is_container
+from gradclip._types import Array, Namespace, Tree
+
+
+class Rows:
+    """Where the arrays of norms that a step gives, its blocks, lie in the row. Those of a tree have names."""
+
+    def __init__(self, names: Sequence[str] | None, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.lengths = list(map(math.prod, self.shapes))
+        self._is_tree = names is not None
+        self._order = sorted(range(len(names)), key=[*map(_parts, names)].__getitem__) if names else [0] * bool(shapes)
+
+    @classmethod
+    def of(cls, parts: Grouped) -> Rows:
+        """For the norms of these groups."""
+        names = None
+        if parts.labels is not None:
+            names = [f"norm[{label!r}]" for label in parts.labels]
+        elif parts.by_leaf:
+            names = parts.flat.paths()
+        return cls(names, parts.groups.shapes)
+
+    @classmethod
+    def in_form(cls, norm: Tree, blocks: Sequence[Array]) -> Rows:
+        """For norms in the form in which they came back."""
+        names = flatten(norm, "norm").paths() if is_container(norm) else None
+        return cls(names, [x.shape for x in blocks])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the row: 0-d for one norm that stands alone."""
+        return (sum(self.lengths),) if self._is_tree else self.shapes[0]
+
+    def joined(self, xp: Namespace, blocks: Sequence[Array]) -> Array | None:
+        """The row of these blocks; None where there are none."""
+        if not self._is_tree:
+            return xp.reshape(blocks[0], self.shape)
+        return xp.concat([xp.reshape(blocks[i], (-1,)) for i in self._order]) if blocks else None
+
+    def split(self, xp: Namespace, row: Array) -> list[Array]:
+        """The blocks of a row, each in its shape; of one number, that for every block."""
+        if row.ndim == 0:
+            return [xp.broadcast_to(row, shape) for shape in self.shapes]
+        return [xp.reshape(x, shape) for x, shape in zip(self._cut(row), self.shapes, strict=True)]
+
+    def of_groups(self, xp: Namespace, numbers: Array) -> Array:
+        """The row of what a backend gives, one number a group."""
+        if self._is_sorted():
+            return xp.reshape(numbers, self.shape)
+        ends = list(accumulate(self.lengths))
+        return self.joined(xp, [numbers[end - n : end] for end, n in zip(ends, self.lengths, strict=True)])
+
+    def for_groups(self, row: Array) -> Any:
+        """What a backend takes, one number a group: an array, or a list of those that follow each other."""
+        if row.ndim == 0:
+            return row
+        return [row] if self._is_sorted() else self._cut(row)
+
+    def _is_sorted(self) -> bool:
+        return not self._is_tree or self._order == list(range(len(self._order)))
+
+    def _cut(self, row: Array) -> list[Array]:
+        out: list[Array] = [row] * len(self.lengths)
+        end = 0
+        for i in self._order:
+            start, end = end, end + self.lengths[i]
+            out[i] = row[start:end]
+        return out
+
+
+def _parts(name: str) -> list[Any]:
+    """As people sort: `[2]` before `[10]`. Text and numbers take turns."""
+    return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"(\d+)", name))]
