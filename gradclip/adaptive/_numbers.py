@@ -24,10 +24,11 @@ class Number:
     """An array of real numbers, ``mantissa * step**exponent``, for ``+ - * / < <= > >=``, `sqrt`, `where`, `minimum`.
 
     `step` is 2**90 for a float32 mantissa and 2**600 for float64. Where `exponent` is None the number is the mantissa.
-    Comparisons give arrays of bools. Python numbers and arrays may stand on either side. Nothing waits for a device.
+    Comparisons give arrays of bools. Python numbers may stand on either side, arrays on the right: not all libraries leave
+    it to the right side what is to be done. Nothing waits for a device.
 
     >>> import numpy as np
-    >>> x = Number(np, np.float32(3e38), np.float32(0))
+    >>> x = Number.of(np, np.float32(3e38), wide=False)  # not float64: with an exponent
     >>> y = (x * x + 1.0).sqrt()
     >>> bool(y > 2.9e38), bool(y < 3.1e38)
     (True, True)
@@ -178,12 +179,16 @@ class Number:
 
     def repeated(self, n: int) -> Number:
         """As many times, along a new first axis."""
-        return self._each(lambda x: self.xp.stack([x] * n) if n else x[None][:0])
+        return self._each(lambda x: self.xp.stack([x] * n))
 
     def chosen(self, mask: Array) -> Number:
         """Along the first axis, the one where `mask` is true."""
         xp = self.xp
         return self._each(lambda x: xp.sum(xp.where(mask, x, xp.zeros_like(x)), axis=0, dtype=x.dtype))
+
+    def shifted(self, by: int) -> Number:
+        """Along the first axis, by one place up or down; the number at the end stays where it is, too."""
+        return self._each(lambda x: self.xp.concat([x[:1, ...], x[:-1, ...]] if by > 0 else [x[1:, ...], x[-1:, ...]]))
 
     def _each(self, change: Any) -> Number:
         return Number(self.xp, change(self.mantissa), None if self.exponent is None else change(self.exponent))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -49,11 +49,12 @@ class Rows:
             return xp.reshape(blocks[0], self.shape)
         return xp.concat([xp.reshape(blocks[i], (-1,)) for i in self._order]) if blocks else None
 
-    def split(self, xp: Namespace, row: Array) -> list[Array]:
-        """The blocks of a row, each in its shape; of one number, that for every block."""
+    def shown(self, xp: Namespace, row: Array, like: Sequence[Array], form: Callable[[list[Array]], Any]) -> Any:
+        """A row as blocks of the dtypes of those in `like`, put in their form; one number for all as it is."""
         if row.ndim == 0:
-            return [xp.broadcast_to(row, shape) for shape in self.shapes]
-        return [xp.reshape(x, shape) for x, shape in zip(self._cut(row), self.shapes, strict=True)]
+            return xp.asarray(xp.astype(row, like[0].dtype) if like else row)
+        blocks = zip(self._cut(row), self.shapes, like, strict=True)
+        return form([xp.astype(xp.reshape(x, shape), block.dtype) for x, shape, block in blocks])
 
     def of_groups(self, xp: Namespace, numbers: Array) -> Array:
         """The row of what a backend gives, one number a group."""

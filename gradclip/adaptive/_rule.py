@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import array_api_compat
@@ -15,11 +14,11 @@ from gradclip._dtypes import dtype_name, fits
 from gradclip._groups import grouped
 from gradclip._leaves import active, backend_for, refuse_unwritable
 from gradclip._libraries import constant, fused, library
-from gradclip._scaled import Scaled
 from gradclip._tree import flatten
-from gradclip._types import AllReduce, Array, Namespace, Nonfinite, NormType, Per, Scalar, Tree
-from gradclip.adaptive._numbers import Number, where
+from gradclip._types import AllReduce, Array, Nonfinite, NormType, Per, Scalar, Tree
+from gradclip.adaptive._numbers import Number
 from gradclip.adaptive._rows import Rows
+from gradclip.adaptive._states import Step, closed, dtype_of, step
 
 T = TypeVar("T")
 
@@ -129,7 +128,7 @@ class Rule:
             home = array_api_compat.device(leaves[0]) if leaves else None
             zero, count = (backend.move(xp.zeros(shape, dtype=dtype), home) for dtype in (acc, xp.int32))
             start = self.start(count, Number.of(xp, zero, wide))
-            return start._make(map(_closed, start))
+            return start._make(map(closed, start))
 
     def update(self, state: Any, norm: Any) -> tuple[Any, Any]:
         """Choose the bound for gradients of this norm, and learn from it.
@@ -162,7 +161,7 @@ class Rule:
 
     def _updated(self, state: Any, norm: Any, *more: Any) -> tuple[Any, Any]:
         flat, like = flatten(norm, "norm"), state[0]
-        xp, home, dtype = array_api_compat.array_namespace(like), library(like), _dtype(state)
+        xp, home, dtype = array_api_compat.array_namespace(like), library(like), dtype_of(state)
         for path, x in zip(flat.paths(), flat.values, strict=True):
             if library(x) not in (None, home):
                 raise TypeError(
@@ -175,12 +174,8 @@ class Rule:
         rows = Rows.in_form(norm, blocks)
         with Backend(xp).session(blocks, in_place=False):
             row = rows.joined(xp, blocks)
-            number = Number.of(xp, xp.zeros((0,), dtype=dtype) if row is None else row, _is_wide(state))
-            bound, state = self._stepped(state, number, *more)
-            if bound.mantissa.ndim == 0 and len(own) != 1:  # one for all
-                return bound.value(), state
-            each = [xp.astype(x, y.dtype) for x, y in zip(rows.split(xp, bound.value()), own, strict=True)]
-            return flat.rebuild(list(map(xp.asarray, each))), state
+            found = self._stepped(state, xp.zeros((0,), dtype=dtype) if row is None else row, None, None, *more)
+            return rows.shown(xp, found.bound, own, flat.rebuild), found.state
 
     def clip(
         self,
@@ -251,7 +246,7 @@ class Rule:
 
     def _settled(self, call: Given, state: Any) -> tuple[Verdict, Any, Any]:
         """Measure, choose the bound, decide."""
-        partials, divisor = measured(call), call.bounds.divide_by
+        partials = measured(call)
         found = decided(call._replace(bounds=Bounds(), nonfinite="propagate"), partials)
         reported, rows, like = found.norms, Rows.of(call.grouped), state[0]
         xp = array_api_compat.array_namespace(like)
@@ -262,65 +257,22 @@ class Rule:
                     "make it by rule.init(grads), for these gradients"
                 )
         # The factors are the norms, as they are: a factor that is multiplied with a shift twice.
-        factor, shift = (None if x is None else rows.of_groups(xp, xp.asarray(constant(x))) for x in found.factors)
-        norm = Number.of(xp, factor, _is_wide(state))
-        if shift is not None:
-            norm = norm * shift * shift
-        if divisor is not None:
-            norm = norm / (divisor if isinstance(divisor, float) else constant(divisor))
-        bound, state = self._stepped(state, norm)
-        max_norm, unit = (None if x is None else rows.for_groups(x) for x in bound.in_two())
+        norm, shift = (None if x is None else rows.of_groups(xp, xp.asarray(constant(x))) for x in found.factors)
+        divisor = call.bounds.divide_by
+        step = self._stepped(state, norm, shift, divisor if isinstance(divisor, float) else constant(divisor))
+        max_norm, unit = (None if x is None else rows.for_groups(x) for x in step.product)
         verdict = decided(call._replace(bounds=Bounds(max_norm, None, divisor, unit)), partials)
-        if bound.mantissa.ndim == 0 and len(reported) != 1:
-            return verdict, bound.value(), state
-        each = [xp.asarray(xp.astype(x, y.dtype)) for x, y in zip(rows.split(xp, bound.value()), reported, strict=True)]
-        return verdict, call.grouped.norms(each), state
+        return verdict, rows.shown(xp, step.bound, reported, call.grouped.norms), step.state
 
-    def _stepped(self, state: Any, norm: Number, *more: Any) -> tuple[Number, Any]:
+    def _stepped(self, state: Any, norm: Array, *more: Any) -> Step:
         """`step`, on arrays."""
-        wanted, got = tuple(state[0].shape), tuple(norm.mantissa.shape)
+        wanted, got = tuple(state[0].shape), tuple(norm.shape)
         if wanted != got and not self.pooled:
             raise ValueError(
                 f"the state is for {_described(wanted)}, and there is {_described(got)}: make it by rule.init(grads, per), "
                 "with the same per"
             )
-        run = fused(_step, norm.mantissa)
-        mantissa, exponent, state = run(self, state, norm.mantissa, norm.exponent, *more)
-        return Number(norm.xp, mantissa, exponent), state
-
-
-def _step(rule: Rule, state: Any, mantissa: Array, exponent: Array | None, *more: Any) -> tuple[Array, Array | None, Any]:
-    """One step of a rule, from arrays to arrays."""
-    xp = array_api_compat.array_namespace(mantissa)
-    norm = Number(xp, mantissa, exponent)
-    finite = norm.isfinite()
-    opened = state._make(Number(xp, *x) if isinstance(x, Scaled) else x for x in state)
-    bound, after = rule.step(opened, where(finite, norm, math.inf), *more)
-    learned = xp.any(finite) if rule.pooled else finite
-    after = after._replace(count=state[0] + xp.astype(learned, state[0].dtype))
-    return bound.mantissa, bound.exponent, state._make(map(partial(_kept, xp, learned), after, state))
-
-
-def _kept(xp: Namespace, learned: Array, new: Any, old: Any) -> Any:
-    """A field of a state after a step: the new one where something was learned, in the form of the old one."""
-    if isinstance(old, Scaled):
-        pair = (new.value(), None) if old.exponent is None else _closed(new)
-        return Scaled(*[None if x is None else _kept(xp, learned, x, y) for x, y in zip(pair, old, strict=True)])
-    return xp.asarray(xp.astype(xp.where(learned, new, old), old.dtype))
-
-
-def _closed(x: Any) -> Any:
-    """A field of a state as it is kept."""
-    return Scaled(x.mantissa, x.exponent) if isinstance(x, Number) else x
-
-
-def _is_wide(state: Any) -> bool:
-    return all(x.exponent is None for x in state if isinstance(x, Scaled))
-
-
-def _dtype(state: Any) -> Any:
-    """That of the numbers of a state."""
-    return next((x.mantissa for x in state if isinstance(x, Scaled)), state[0]).dtype
+        return fused(step, norm)(self, state, norm, *more)
 
 
 def _described(shape: tuple[int, ...]) -> str:

@@ -1,0 +1,58 @@
+"""States: named tuples of arrays, in which a number is a pair of them. To a rule, they hold `Number` objects."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import array_api_compat
+
+from gradclip._scaled import Scaled
+from gradclip._types import Array, Namespace
+from gradclip.adaptive._numbers import Number, where
+
+
+class Step(NamedTuple):
+    """What a rule makes of a step, as arrays: the bound, the same as a product of two, and the state after it."""
+
+    bound: Array
+    product: tuple[Array, Array | None]
+    state: Any
+
+
+def step(rule: Any, state: Any, norm: Array, shift: Array | None, divisor: Any, *more: Any) -> Step:
+    """One step of a rule, for gradients of norm ``norm * shift**2 / divisor``; `shift`, `divisor` None: 1."""
+    xp = array_api_compat.array_namespace(norm)
+    number = Number.of(xp, norm, _is_wide(state))
+    for power in (shift, shift):
+        number = number if power is None else number * power
+    number = number if divisor is None else number / divisor
+    finite = number.isfinite()
+    opened = state._make(Number(xp, *x) if isinstance(x, Scaled) else x for x in state)
+    bound, after = rule.step(opened, where(finite, number, math.inf), *more)
+    learned = xp.any(finite) if rule.pooled else finite
+    after = after._replace(count=state[0] + xp.astype(learned, state[0].dtype))
+    return Step(bound.value(), bound.in_two(), state._make(map(partial(_kept, xp, learned), after, state)))
+
+
+def _kept(xp: Namespace, learned: Array, new: Any, old: Any) -> Any:
+    """A field of a state after a step: the new one where something was learned, in the form of the old one."""
+    if isinstance(old, Scaled):
+        pair = (new.value(), None) if old.exponent is None else closed(new)
+        return Scaled(*[None if x is None else _kept(xp, learned, x, y) for x, y in zip(pair, old, strict=True)])
+    return xp.asarray(xp.astype(xp.where(learned, new, old), old.dtype))
+
+
+def closed(x: Any) -> Any:
+    """A field of a state as it is kept."""
+    return Scaled(x.mantissa, x.exponent) if isinstance(x, Number) else x
+
+
+def _is_wide(state: Any) -> bool:
+    return all(x.exponent is None for x in state if isinstance(x, Scaled))
+
+
+def dtype_of(state: Any) -> Any:
+    """That of the numbers of a state."""
+    return next((x.mantissa for x in state if isinstance(x, Scaled)), state[0]).dtype
