@@ -9,8 +9,8 @@ A rule is made once, and holds settings only. What it remembers is a state, whic
 >>> state = rule.init(grads)
 >>> grads, norm, max_norm, state = rule.clip(grads, state)
 
-So it goes through `jax.jit` and `lax.scan`, into checkpoints, and works for every library that gradclip clips. `Rule` says
-how to write one of your own.
+So it goes through `jax.jit` and `lax.scan`, into checkpoints, and works for every library that gradclip clips. `Rule`
+says how to write one of your own.
 """
 
 from gradclip.adaptive._autoclip import AutoClip, AutoClipState

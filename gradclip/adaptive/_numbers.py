@@ -24,8 +24,8 @@ class Number:
     """An array of real numbers, ``mantissa * step**exponent``, for ``+ - * / < <= > >=``, `sqrt`, `where`, `minimum`.
 
     `step` is 2**90 for a float32 mantissa and 2**600 for float64. Where `exponent` is None the number is the mantissa.
-    Comparisons give arrays of bools. Python numbers may stand on either side, arrays on the right: not all libraries leave
-    it to the right side what is to be done. Nothing waits for a device.
+    Comparisons give arrays of bools. Python numbers may stand on either side, arrays on the right: some libraries do
+    not ask the right side what to do. Nothing waits for a device.
 
     >>> import numpy as np
     >>> x = Number.of(np, np.float32(3e38), wide=False)  # not float64: with an exponent

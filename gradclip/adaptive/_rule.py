@@ -42,9 +42,9 @@ class ClippedByRule(NamedTuple, Generic[T]):
 class Rule:
     """A rule that chooses `max_norm` from the norms seen so far. Subclasses say how, by `start` and `step`.
 
-    A rule is settings only, and hashable; what it remembers is a state that goes in and comes out: a named tuple of small
-    arrays of the gradients' own library, on their device. So it goes through `jax.jit`, `lax.scan`, `vmap`, donation
-    and checkpoints. Each group of `per` has numbers of its own. A norm that is not finite is answered by `nonfinite`,
+    A rule is settings only, and hashable; what it remembers is a state that goes in and comes out: a named tuple of
+    small arrays of the gradients' own library, on their device. So it goes through `jax.jit`, `lax.scan`, `vmap`,
+    donation and checkpoints. Each group of `per` has numbers of its own. A norm that is not finite is answered by `nonfinite`,
     and never learned from. In derivatives, the bound is a constant.
 
     Notes
@@ -85,8 +85,8 @@ class Rule:
     def start(self, count: Array, zero: Number) -> Any:
         """The state before the first norm: a named tuple whose first field is `count`, made of these.
 
-        `count`: how many norms were learned from, 0, as int32; it is kept up by the class. `zero`: a number. Both are 0-d
-        for the global norm, or have one entry for each group.
+        `count`: how many norms were learned from, 0, as int32; this class keeps it. `zero`: a number. Both are 0-d for
+        the global norm, or have one entry for each group.
         """
         raise NotImplementedError
 
@@ -165,8 +165,8 @@ class Rule:
         for path, x in zip(flat.paths(), flat.values, strict=True):
             if library(x) not in (None, home):
                 raise TypeError(
-                    f"{path} is a {library(x)} array, and the state is made of {home} arrays: pass the norm that gradclip "
-                    "gave for gradients of that library"
+                    f"{path} is a {library(x)} array, and the state is made of {home} arrays: pass the norm that "
+                    "gradclip gave for gradients of that library"
                 )
         device = array_api_compat.device(like)
         own = [xp.asarray(x, dtype=dtype, device=device) if library(x) is None else x for x in flat.values]
@@ -202,7 +202,7 @@ class Rule:
         Returns
         -------
         ClippedByRule
-            ``grads, norm, max_norm, state = ...``: the clipped tree, the norm before clipping, the bound, the new state.
+            ``grads, norm, max_norm, state = ...``: the clipped tree, the norm before clipping, the bound, the state.
 
         Raises
         ------
@@ -269,8 +269,8 @@ class Rule:
         wanted, got = tuple(state[0].shape), tuple(norm.shape)
         if wanted != got and not self.pooled:
             raise ValueError(
-                f"the state is for {_described(wanted)}, and there is {_described(got)}: make it by rule.init(grads, per), "
-                "with the same per"
+                f"the state is for {_described(wanted)}, and there is {_described(got)}: make it by "
+                "rule.init(grads, per), with the same per"
             )
         return fused(step, norm)(self, state, norm, *more)
 

@@ -28,8 +28,9 @@ class ZClip(Rule):
 
         c_t = \mu + \frac{z^2 \sigma^2}{\|g_t\| - \mu} \text{ if } \|g_t\| > \mu + z \sigma, \text{ else } \infty
 
-    so that the further out a norm is, the closer to the mean it comes. The mean and the variance then learn from what is
-    left, x: :math:`\mu' = \alpha \mu + (1 - \alpha) x`, :math:`\sigma'^2 = \alpha \sigma^2 + (1 - \alpha) (x - \mu')^2`.
+    so that the further out a norm is, the closer to the mean it comes. Mean and variance learn from what is left, x:
+
+    .. math:: \mu' = \alpha \mu + (1 - \alpha) x, \qquad \sigma'^2 = \alpha \sigma^2 + (1 - \alpha) (x - \mu')^2
 
     Parameters
     ----------
@@ -45,9 +46,9 @@ class ZClip(Rule):
     Notes
     -----
     A. Kumar, L. Owen, N. R. Chowdhury, F. Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
-    arXiv:2504.02507, and its authors' code (mode "zscore", "adaptive_scaling"), which this follows in learning from what
-    the rule left, not from what `max_norm` did. Theirs limits norms to 1 besides, unless told otherwise (`max_norm`), and
-    adds 1e-6 to the standard deviation: here nothing is added, so that the rule does the same at any scale.
+    arXiv:2504.02507, and its authors' code (mode "zscore", "adaptive_scaling"), which this follows in learning from
+    what the rule left, not from what `max_norm` did. Theirs limits norms to 1 besides, unless told otherwise, and adds
+    1e-6 to the standard deviation: here nothing is added, so that the rule does the same at any scale.
 
     Examples
     --------
@@ -101,13 +102,13 @@ class AdaGCState(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaGC(Rule):
-    r"""Let each norm grow to at most `factor` times the running mean of what was left of it: for ``per="leaf"``.
+    r"""Let each norm be at most `factor` times the running mean of what was left of it: for ``per="leaf"``.
 
     .. math:: c_{t,i} = \lambda \gamma_{t-1,i}, \qquad
         \gamma_{t,i} = \beta \gamma_{t-1,i} + (1 - \beta) \min(\|g_{t,i}\|, c_{t,i})
 
-    In the first `warmup` steps all groups are clipped as one, by their global norm, and :math:`\gamma_i` is the smallest
-    norm that was left of group i.
+    In the first `warmup` steps all groups are clipped as one, by their global norm, and :math:`\gamma_i` is the
+    smallest norm that was left of group i.
 
     Parameters
     ----------
@@ -188,10 +189,10 @@ class NormGrowth(Rule):
 
     Notes
     -----
-    X. Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?", 2024, arXiv:2410.01623,
-    where it limits one part of the update of each matrix: ``per="leaf"`` has a limit for each. Theirs starts again from
-    1e-8 after a norm of 0, which is added to the last norm; here 0 is not learned from, so that gradients which are 0 for
-    a step may come back.
+    X. Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?", 2024,
+    arXiv:2410.01623, where it limits one part of the update of each matrix: ``per="leaf"`` has a limit for each. Theirs
+    adds 1e-8 to the last norm, and starts from there after a norm of 0. Here 0 is not learned from, so that gradients
+    which are 0 for a step come back as they were.
 
     Examples
     --------
