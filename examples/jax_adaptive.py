@@ -4,9 +4,9 @@
     python examples/jax_adaptive.py --steps 200    # a few seconds
 
 A model learns to predict the next character of Python's language reference. At two thirds of the way, one batch is bad:
-its characters are noise, and its loss is a sum where it should be a mean, so that its gradient is hundreds of times too
-long. The model is trained four times from the same start, on the same batches: with no bound, with a fixed bound, as one
-finds in many scripts, and with `AutoClip` and `ZClip`, which find theirs from the norms that they have seen.
+its characters are noise, and its loss is a sum where it should be a mean, so that its gradient is a thousand times too
+long. The model is trained four times from the same start, on the same batches: with no bound, with a fixed bound, as
+one finds in many scripts, and with `AutoClip` and `ZClip`, which find theirs from the norms that they have seen.
 
 Needs jax, optax and matplotlib.
 """
