@@ -85,8 +85,10 @@ class BorrowedBackend(PlainBackend):
         relative: bool = False,
     ) -> Verdict:
         verdict = self.lender.decide(norm, partials, bounds, groups, nonfinite, relative)
-        if bounds.max_norm is None:  # the factors are the norms; the shift is a Python number where it is 1
-            factors = Factors(*[None if x is None or type(x) is float else self.tensor(x) for x in verdict.factors])
+        if bounds.max_norm is None:  # the factors are the norms
+            factor, shift = verdict.factors
+            unshifted = shift is None or type(shift) is float and shift == 1
+            factors = Factors(self.tensor(factor), None if unshifted else self.tensor(shift))
             verdict = verdict._replace(factors=factors)
         return verdict._replace(norms=list(map(self.tensor, verdict.norms)))
 
