@@ -249,7 +249,7 @@ class Rule:
         partials = measured(call)
         found = decided(call._replace(bounds=Bounds(), nonfinite="propagate"), partials)
         reported, rows, like = found.norms, Rows.of(call.grouped), state[0]
-        xp = array_api_compat.array_namespace(like)
+        xp, home = array_api_compat.array_namespace(like), array_api_compat.device(like)
         for x in reported[:1]:
             if library(x) != library(like):
                 raise TypeError(
@@ -257,7 +257,8 @@ class Rule:
                     "make it by rule.init(grads), for these gradients"
                 )
         # The factors are the norms, as they are: a factor that is multiplied with a shift twice.
-        norm, shift = (None if x is None else rows.of_groups(xp, xp.asarray(constant(x))) for x in found.factors)
+        own = (None if x is None else xp.asarray(call.backend.move(x, home)) for x in found.factors)
+        norm, shift = (None if x is None else rows.of_groups(xp, constant(x)) for x in own)
         divisor = call.bounds.divide_by
         step = self._stepped(state, norm, shift, divisor if isinstance(divisor, float) else constant(divisor))
         max_norm, unit = (None if x is None else rows.for_groups(x) for x in step.product)
