@@ -1,0 +1,80 @@
+"""How Sphinx builds the site: `python -m sphinx -W --keep-going -b html docs docs/_build/html`.
+
+Nothing is fetched: formulas become MathML here, which browsers draw by themselves, and no other site's index is read.
+Mocks play array libraries that are not installed, so that the page of `gradclip.torch` is there without torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.errors import SphinxError
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import gradclip  # noqa: E402  # that of this checkout
+
+project = "gradclip"
+author = "The gradclip developers"
+project_copyright = "The gradclip developers, MIT licence"
+version = release = gradclip.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+needs_sphinx = "9.0"
+
+# Markdown: headings have the anchors that GitHub gives them.
+myst_heading_anchors = 4
+
+# Docstrings: a name in single backticks is code, and a link if it is a name of gradclip.
+default_role = "py:obj"
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+napoleon_preprocess_types = False
+autodoc_typehints = "none"  # the types of parameters stand in the docstrings, in words
+autodoc_mock_imports = [name for name in ("torch", "jax", "cupy", "mpi4py") if importlib.util.find_spec(name) is None]
+autodoc_member_order = "bysource"
+maximum_signature_line_length = 70  # longer ones have a line for each parameter: they fit on a phone
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+
+html_theme = "furo"
+html_title = "gradclip"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_math_renderer = "mathml"
+
+
+def mathml(tex: str, as_block: bool) -> str:
+    r"""LaTeX as MathML. docutils knows `\Bigl(` and `\Bigr)`, and TeX's plain `\Big` is one of the two."""
+    tex = re.sub(r"\\([bB]igg?)(?=\s*[(\[])", r"\\\1l", tex)
+    tex = re.sub(r"\\([bB]igg?)(?=\s*[)\]])", r"\\\1r", tex)
+    try:
+        return str(tex2mathml(tex, as_block=as_block))
+    except MathError as error:
+        raise SphinxError(f"the formula {tex!r} does not become MathML: {error}") from error
+
+
+def visit_math(self: Any, node: nodes.Element) -> None:
+    self.body.append(mathml(node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def visit_math_block(self: Any, node: nodes.Element) -> None:
+    self.body.append(self.starttag(node, "div", CLASS="math") + mathml(node.astext(), as_block=True) + "</div>\n")
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
