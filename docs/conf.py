@@ -31,6 +31,7 @@ version = release = gradclip.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 needs_sphinx = "9.0"
+smartquotes_action = "D"  # dashes; quotes stay as they are, for "leaf" is a value to be copied
 
 # Markdown: headings have the anchors that GitHub gives them.
 myst_heading_anchors = 4
@@ -41,7 +42,8 @@ napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 autodoc_typehints = "none"  # the types of parameters stand in the docstrings, in words
-autodoc_mock_imports = [name for name in ("torch", "jax", "cupy", "mpi4py") if importlib.util.find_spec(name) is None]
+LIBRARIES = ("torch", "jax", "optax", "cupy", "mpi4py")
+autodoc_mock_imports = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 70  # longer ones have a line for each parameter: they fit on a phone
 python_use_unqualified_type_names = True
@@ -61,9 +63,11 @@ def mathml(tex: str, as_block: bool) -> str:
     tex = re.sub(r"\\([bB]igg?)(?=\s*[(\[])", r"\\\1l", tex)
     tex = re.sub(r"\\([bB]igg?)(?=\s*[)\]])", r"\\\1r", tex)
     try:
-        return str(tex2mathml(tex, as_block=as_block))
+        drawn = tex2mathml(tex, as_block=as_block)
     except MathError as error:
         raise SphinxError(f"the formula {tex!r} does not become MathML: {error}") from error
+    bar = r'<mo(?: stretchy="false")?>([|‖])</mo>'  # bars of one size, close to what is between them
+    return re.sub(bar, r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', drawn)
 
 
 def visit_math(self: Any, node: nodes.Element) -> None:
@@ -76,5 +80,21 @@ def visit_math_block(self: Any, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+_texts: dict[str, list[str]] = {}
+
+
+def keep_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Before napoleon, which takes what stands before a colon in an attribute's text for its type."""
+    if what == "attribute":
+        _texts[name] = list(lines)
+
+
+def give_text_back(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """After napoleon."""
+    lines[:] = _texts.pop(name, lines)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", keep_text, priority=400)  # napoleon: 500
+    app.connect("autodoc-process-docstring", give_text_back, priority=600)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
