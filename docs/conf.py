@@ -16,6 +16,7 @@ from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyXRefRole
 from sphinx.errors import SphinxError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,8 +38,9 @@ smartquotes_action = "D"  # dashes; quotes stay as they are, for "leaf" is a val
 myst_heading_anchors = 4
 
 # Docstrings: a name in single backticks is code, and a link if it is a name of gradclip.
-default_role = "py:obj"
+default_role = "py:name"
 napoleon_google_docstring = False
+napoleon_use_param = False  # "norm_type, per : as in ..." stays one entry
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
 autodoc_typehints = "none"  # the types of parameters stand in the docstrings, in words
@@ -80,6 +82,15 @@ def visit_math_block(self: Any, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+class Name(PyXRefRole):
+    """Sphinx's `py:obj`, but that `.grad` keeps its dot."""
+
+    def process_link(
+        self, env: Any, refnode: nodes.Element, has_explicit_title: bool, title: str, target: str
+    ) -> tuple[str, str]:
+        return title, super().process_link(env, refnode, has_explicit_title, title, target)[1]
+
+
 _texts: dict[str, list[str]] = {}
 
 
@@ -95,6 +106,7 @@ def give_text_back(app: Sphinx, what: str, name: str, obj: Any, options: Any, li
 
 
 def setup(app: Sphinx) -> None:
+    app.add_role_to_domain("py", "name", Name())
     app.connect("autodoc-process-docstring", keep_text, priority=400)  # napoleon: 500
     app.connect("autodoc-process-docstring", give_text_back, priority=600)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
