@@ -172,8 +172,8 @@ class NormLog:
 
         Notes
         -----
-        MLflow takes letters, digits and ``_-. /``, and keeps a name as a path, so that none may be another's folder. W&B
-        can sort by names of letters, digits and underscores (its documentation: "Metric naming constraints").
+        MLflow takes letters, digits and ``_-. /``, and keeps a name as a path, so that none may be another's folder.
+        W&B can sort by names of letters, digits and underscores (its documentation: "Metric naming constraints").
         """
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z0-9_]+)*", prefix):
             raise ValueError(f"prefix must be of letters, digits, underscores and single slashes, got {prefix!r}")

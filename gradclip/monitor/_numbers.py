@@ -46,8 +46,8 @@ def kept(name: str, x: Any) -> Scalar:
 
 
 def fetched(arrays: Sequence[Array]) -> list[Scalar]:
-    """The numbers that 0-d arrays hold. Those that can start their copies all do so before one is read; of others, those
-    of one library, device and dtype come as one array.
+    """The numbers that 0-d arrays hold. Those that can start their copies all do so before one is read; of others,
+    those of one library, device and dtype come as one array.
     """
     groups: dict[Any, list[int]] = {}
     for i, x in enumerate(arrays):

@@ -1,0 +1,199 @@
+"""The picture of a log: norm and bound over the steps, the leaves' norms, a histogram, and a table of other bounds.
+
+Colours are Okabe and Ito's (2008) and cividis (Nuñez, Anderton, Renslow, PLOS ONE 2018), which colour-blind readers
+tell apart; markers and strokes differ as well. Matplotlib is imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gradclip.monitor._bounds import clipped_share, count, percent, would_clip
+from gradclip.monitor._read import FIRST
+
+_BLUE, _SKY, _VERMILLION, _GREEN, _PURPLE, _BLACK = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#000000"
+_WIDTH = 7.5  # inches: a page's
+_COLUMNS = 1200  # more steps than this are drawn by bins
+_LABELS = 30
+_FONTS = {"font.size": 8, "axes.labelsize": 8, "axes.titlesize": 9, "legend.fontsize": 8, "axes.linewidth": 0.6}
+_FONTS |= {"xtick.labelsize": 8, "ytick.labelsize": 8}
+
+
+def draw(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw what `read` gave into a file; its suffix says the format."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    leaves = [name for name in log if name not in FIRST and not np.isnan(log[name]).all()]
+    rows = min(len(leaves), _LABELS)
+    heights = [2.5, 1.0 + 0.16 * rows] if leaves else [2.5]
+    with matplotlib.rc_context(_FONTS):
+        figure = Figure(figsize=(_WIDTH, sum(heights) + 2.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        halves: Any = figure.subfigures(2, 1, height_ratios=[sum(heights), 2.6])
+        above, below = halves
+        panels = above.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        _norms(panels[0], log)
+        if leaves:
+            _heat_map(above, panels[1], log, leaves)
+        panels[-1].set_xlabel("step")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        panels[-1].xaxis.set_major_formatter("{x:,.0f}")
+        histogram, table = below.subplots(1, 2, width_ratios=[3, 2])
+        _histogram(histogram, log["norm"])
+        _table(table, log["norm"])
+        figure.savefig(path, dpi=150)
+
+
+def _norms(axes: Any, log: Mapping[str, Any]) -> None:
+    step, norm, bound = log["step"], log["norm"], log["max_norm"]
+    starts = _bins(len(step))
+    finite, x = np.isfinite(norm), step[starts]
+    shown = np.where(finite & (norm > 0), norm, np.nan)
+    low, high = np.fmin.reduceat(shown, starts), np.fmax.reduceat(shown, starts)
+    binned = len(starts) < len(step)
+    if binned:
+        label = f"norm: range of {math.ceil(len(step) / len(starts))} steps"
+        axes.fill_between(x, low, high, facecolor=_SKY, edgecolor=_BLUE, linewidth=0.5, label=label)
+    else:
+        axes.plot(x, shown, color=_BLUE, linewidth=0.8, marker="." if len(step) <= 60 else "", label="norm")
+    share = clipped_share(log)
+    if share is not None:
+        clipped = np.fmax.reduceat(np.where(norm > bound, shown, np.nan), starts)
+        is_clipped = ~np.isnan(clipped)
+        x_clipped, clipped = x[is_clipped], clipped[is_clipped]
+        label, style = f"clipped: {percent(share)} of the steps", {"color": _VERMILLION, "zorder": 2.5}
+        if binned:
+            lowest = np.fmin.reduceat(np.where(norm > bound, shown, np.nan), starts)[is_clipped]
+            axes.vlines(x_clipped, lowest, clipped, linewidth=0.7, label=label, **style)
+        else:
+            axes.plot(x_clipped, clipped, "x", markersize=3.5, markeredgewidth=0.8, label=label, **style)
+        axes.plot(x, bound[starts], color=_BLACK, linestyle="--", linewidth=1.1, label="bound", zorder=3)
+    for odd, marker, height, colour, label in (
+        (~finite, "v", 0.96, _PURPLE, "inf or NaN"),
+        (norm == 0, "^", 0.04, _GREEN, "zero"),
+    ):
+        if odd.any():
+            at = x[np.logical_or.reduceat(odd, starts)]
+            place, told = axes.get_xaxis_transform(), f"{label}: {count(int(odd.sum()))}"
+            axes.plot(at, np.full(len(at), height), marker, color=colour, markersize=5, transform=place, label=told)
+    seen = np.concatenate([shown, np.where(bound > 0, bound, np.nan)])
+    _log_axis(axes, axes.yaxis, seen)
+    gap = 0.01 * (step[-1] - step[0]) or 0.5
+    axes.set_xlim(step[0] - gap, step[-1] + gap)
+    axes.set_ylabel("gradient norm")
+    axes.grid(axis="y", linewidth=0.4, color="0.85")
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False, borderaxespad=0)
+
+
+def _heat_map(figure: Any, axes: Any, log: Mapping[str, Any], leaves: list[str]) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    has: Any = np.zeros(len(log["step"]), bool)  # the leaves may be logged at some steps only
+    for name in leaves:
+        has |= ~np.isnan(log[name])
+    step = log["step"][has]
+    starts = _bins(len(step))
+    values = np.stack([np.fmax.reduceat(log[name][has], starts) for name in leaves])
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = (float(positive.min()), float(positive.max())) if positive.size else (1.0, 1.0)
+    low, high = (low / 1.5, high * 1.5) if low == high else (low, high)
+    colours = colormaps["cividis"].with_extremes(bad="0.85", over=_VERMILLION, under="white")
+    zero, infinite = (values == 0).any(), np.isinf(values).any()
+    values = np.where(values == 0, low / 2, np.where(np.isinf(values), high * 2, values))
+    gap = np.median(np.diff(step)) if len(step) > 1 else 1.0
+    edges = np.append(step[starts], step[-1] + gap) - gap / 2
+    mesh = axes.pcolormesh(edges, np.arange(len(leaves) + 1) - 0.5, np.ma.masked_invalid(values), cmap=colours,
+                           norm=LogNorm(low, high), rasterized=True)  # fmt: skip
+    axes.invert_yaxis()
+    each = math.ceil(len(leaves) / _LABELS)
+    places = range(0, len(leaves), each)
+    axes.set_yticks(places, [short(leaves[i]) for i in places], parse_math=False)
+    if each > 1:
+        axes.set_ylabel(f"{len(leaves)} leaves, each {_ordinal(each)} named")
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}.get((zero, infinite), "both")
+    bar = figure.colorbar(mesh, ax=axes, location="bottom", extend=extend, shrink=0.7, aspect=45, pad=0.02)
+    told = {"white: zero": zero, "red: inf": infinite, "grey: NaN": np.isnan(values).any()}
+    words = ["norm of the leaf", *(word for word, is_there in told.items() if is_there)]
+    bar.set_label("; ".join(words))
+    _log_ticks(bar.ax.xaxis, low, high)
+
+
+def _histogram(axes: Any, norm: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    shown = norm[np.isfinite(norm) & (norm > 0)]
+    low, high = _log_axis(axes, axes.xaxis, shown)
+    axes.hist(
+        shown, 10 ** np.linspace(math.log10(low), math.log10(high), 50), color=_SKY, edgecolor=_BLUE, linewidth=0.4
+    )
+    if shown.size:
+        marks = {"median": (50, "-", _BLACK), "90th percentile": (90, "--", _VERMILLION), "99th": (99, ":", _GREEN)}
+        for name, (share, stroke, colour) in marks.items():
+            x = float(np.percentile(shown, share))
+            axes.axvline(x, linestyle=stroke, color=colour, linewidth=1.4, label=f"{name}: {x:.3g}")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False, borderaxespad=0,
+                    handlelength=1.6, columnspacing=1.2)  # fmt: skip
+    axes.set(xlabel="gradient norm", ylabel="steps")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _table(axes: Any, norm: Any) -> None:
+    axes.set_axis_off()
+    rows = [(f"{bound:g}", percent(share)) for bound, share in would_clip(norm)]
+    for i, (bound, share) in enumerate([("a bound of", "would have clipped"), *rows]):
+        y, weight = 0.97 - 0.12 * i, "bold" if i == 0 else "normal"
+        axes.text(0.36, y, bound, ha="right", va="top", weight=weight, transform=axes.transAxes)
+        axes.text(0.98, y, f"{share} of the steps" if i else share, ha="right", va="top", weight=weight,
+                  transform=axes.transAxes)  # fmt: skip
+
+
+def _bins(count: int) -> Any:
+    """Where each bin of rows starts: a row a bin, if there are few."""
+    return np.unique(np.linspace(0, count, min(count, _COLUMNS), endpoint=False).astype(int))
+
+
+def _log_axis(axes: Any, axis: Any, values: Any) -> tuple[float, float]:
+    """A logarithmic axis with room around the values; its limits."""
+    values = values[np.isfinite(values)]
+    low, high = (math.log10(values.min()), math.log10(values.max())) if values.size else (0.0, 0.0)
+    room = max(0.06 * (high - low), 0.04)
+    low, high = 10 ** max(low - room, -307), 10 ** min(high + room, 308)
+    name = axis.axis_name
+    axes.set(**{f"{name}lim": (low, high), f"{name}scale": "log"})  # in this order, or it would look for limits itself
+    _log_ticks(axis, low, high)
+    return low, high
+
+
+def _log_ticks(axis: Any, low: float, high: float) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    decades = math.log10(high) - math.log10(low)
+    if decades < 1:
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def short(path: str, most: int = 32) -> str:
+    """A key path of so many ASCII letters at most: `encoder.3.weight` for `grads['encoder'][3].weight`."""
+    name = re.sub(r"\[(['\"]?)(.*?)\1\]", r".\2", path).removeprefix("grads").removeprefix(".") or path
+    name = name.encode("ascii", "backslashreplace").decode()
+    return name if len(name) <= most else f"{name[: most - 14]}...{name[-11:]}"
+
+
+def _ordinal(n: int) -> str:
+    return f"{n}{'th' if 10 < n % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
