@@ -40,7 +40,7 @@ def kept(name: str, x: Any) -> Scalar:
     if is_deleted(x):
         raise ValueError(f"{name} was deleted: add it before its buffer is donated or deleted")
     x = detached(x)  # the graph of its derivatives would be kept as long
-    if not array_api_compat.is_lazy_array(x) and str(array_api_compat.device(x)) == "cpu":
+    if str(array_api_compat.device(x)) == "cpu" and not array_api_compat.is_lazy_array(x):
         return _typed(float(x), x)
     return x
 

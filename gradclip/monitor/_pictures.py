@@ -27,6 +27,11 @@ _FONTS |= {"xtick.labelsize": 8, "ytick.labelsize": 8}
 
 def draw(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw what `read` gave into a file; its suffix says the format."""
+    figure(log).savefig(path, dpi=150)
+
+
+def figure(log: Mapping[str, Any]) -> Any:
+    """The picture, for matplotlib to save or change."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,21 +41,21 @@ def draw(log: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     rows = min(len(leaves), _LABELS)
     heights = [2.5, 1.0 + 0.16 * rows] if leaves else [2.5]
     with matplotlib.rc_context(_FONTS):
-        figure = Figure(figsize=(_WIDTH, sum(heights) + 2.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        halves: Any = figure.subfigures(2, 1, height_ratios=[sum(heights), 2.6])
+        out = Figure(figsize=(_WIDTH, sum(heights) + 2.6), layout="constrained")
+        FigureCanvasAgg(out)
+        halves: Any = out.subfigures(2, 1, height_ratios=[sum(heights), 2.6])
         above, below = halves
         panels = above.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         _norms(panels[0], log)
         if leaves:
             _heat_map(above, panels[1], log, leaves)
         panels[-1].set_xlabel("step")
-        panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
         panels[-1].xaxis.set_major_formatter("{x:,.0f}")
         histogram, table = below.subplots(1, 2, width_ratios=[3, 2])
         _histogram(histogram, log["norm"])
         _table(table, log["norm"])
-        figure.savefig(path, dpi=150)
+    return out
 
 
 def _norms(axes: Any, log: Mapping[str, Any]) -> None:
@@ -59,12 +64,12 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
     finite, x = np.isfinite(norm), step[starts]
     shown = np.where(finite & (norm > 0), norm, np.nan)
     low, high = np.fmin.reduceat(shown, starts), np.fmax.reduceat(shown, starts)
-    binned = len(starts) < len(step)
+    binned, few = len(starts) < len(step), len(step) <= 60
     if binned:
         label = f"norm: range of {math.ceil(len(step) / len(starts))} steps"
         axes.fill_between(x, low, high, facecolor=_SKY, edgecolor=_BLUE, linewidth=0.5, label=label)
     else:
-        axes.plot(x, shown, color=_BLUE, linewidth=0.8, marker="." if len(step) <= 60 else "", label="norm")
+        axes.plot(x, shown, color=_BLUE, linewidth=0.8, marker="." if few else "", label="norm")
     share = clipped_share(log)
     if share is not None:
         clipped = np.fmax.reduceat(np.where(norm > bound, shown, np.nan), starts)
@@ -75,8 +80,17 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
             lowest = np.fmin.reduceat(np.where(norm > bound, shown, np.nan), starts)[is_clipped]
             axes.vlines(x_clipped, lowest, clipped, linewidth=0.7, label=label, **style)
         else:
-            axes.plot(x_clipped, clipped, "x", markersize=3.5, markeredgewidth=0.8, label=label, **style)
-        axes.plot(x, bound[starts], color=_BLACK, linestyle="--", linewidth=1.1, label="bound", zorder=3)
+            axes.plot(x_clipped, clipped, "x", markersize=6 if few else 3.5, markeredgewidth=0.8, label=label, **style)
+        axes.plot(
+            x,
+            bound[starts],
+            color=_BLACK,
+            linestyle="--",
+            linewidth=1.1,
+            label="bound",
+            zorder=3,
+            marker="_" * (len(step) == 1),
+        )
     for odd, marker, height, colour, label in (
         (~finite, "v", 0.96, _PURPLE, "inf or NaN"),
         (norm == 0, "^", 0.04, _GREEN, "zero"),
@@ -86,8 +100,8 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
             place, told = axes.get_xaxis_transform(), f"{label}: {count(int(odd.sum()))}"
             axes.plot(at, np.full(len(at), height), marker, color=colour, markersize=5, transform=place, label=told)
     seen = np.concatenate([shown, np.where(bound > 0, bound, np.nan)])
-    _log_axis(axes, axes.yaxis, seen)
-    gap = 0.01 * (step[-1] - step[0]) or 0.5
+    _log_axis(axes, axes.yaxis, seen, 8)
+    gap = 0.01 * (step[-1] - step[0]) or 1.0
     axes.set_xlim(step[0] - gap, step[-1] + gap)
     axes.set_ylabel("gradient norm")
     axes.grid(axis="y", linewidth=0.4, color="0.85")
@@ -97,7 +111,6 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
 
 def _heat_map(figure: Any, axes: Any, log: Mapping[str, Any], leaves: list[str]) -> None:
     from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
 
     has: Any = np.zeros(len(log["step"]), bool)  # the leaves may be logged at some steps only
     for name in leaves:
@@ -105,47 +118,49 @@ def _heat_map(figure: Any, axes: Any, log: Mapping[str, Any], leaves: list[str])
     step = log["step"][has]
     starts = _bins(len(step))
     values = np.stack([np.fmax.reduceat(log[name][has], starts) for name in leaves])
-    positive = values[np.isfinite(values) & (values > 0)]
-    low, high = (float(positive.min()), float(positive.max())) if positive.size else (1.0, 1.0)
-    low, high = (low / 1.5, high * 1.5) if low == high else (low, high)
+    zero, infinite = values == 0, np.isinf(values)
+    powers = np.log10(np.where(zero | infinite, np.nan, values))
+    low, high = (float(np.nanmin(powers)), float(np.nanmax(powers))) if np.isfinite(powers).any() else (0.0, 0.0)
+    low, high = (low - 0.2, high + 0.2) if low == high else (low, high)
+    powers = np.where(zero, low - 1, np.where(infinite, high + 1, powers))
     colours = colormaps["cividis"].with_extremes(bad="0.85", over=_VERMILLION, under="white")
-    zero, infinite = (values == 0).any(), np.isinf(values).any()
-    values = np.where(values == 0, low / 2, np.where(np.isinf(values), high * 2, values))
     gap = np.median(np.diff(step)) if len(step) > 1 else 1.0
     edges = np.append(step[starts], step[-1] + gap) - gap / 2
-    mesh = axes.pcolormesh(edges, np.arange(len(leaves) + 1) - 0.5, np.ma.masked_invalid(values), cmap=colours,
-                           norm=LogNorm(low, high), rasterized=True)  # fmt: skip
+    rows = np.arange(len(leaves) + 1) - 0.5
+    mesh = axes.pcolormesh(edges, rows, powers, cmap=colours, vmin=low, vmax=high, rasterized=True)
     axes.invert_yaxis()
     each = math.ceil(len(leaves) / _LABELS)
     places = range(0, len(leaves), each)
     axes.set_yticks(places, [short(leaves[i]) for i in places], parse_math=False)
     if each > 1:
         axes.set_ylabel(f"{len(leaves)} leaves, each {_ordinal(each)} named")
-    extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}.get((zero, infinite), "both")
+    extend = ("both" if zero.any() else "max") if infinite.any() else ("min" if zero.any() else "neither")
     bar = figure.colorbar(mesh, ax=axes, location="bottom", extend=extend, shrink=0.7, aspect=45, pad=0.02)
-    told = {"white: zero": zero, "red: inf": infinite, "grey: NaN": np.isnan(values).any()}
-    words = ["norm of the leaf", *(word for word, is_there in told.items() if is_there)]
+    told = {"white: zero": zero, "red: inf": infinite, "grey: NaN": np.isnan(powers)}
+    words = ["norm of the leaf", *(word for word, is_there in told.items() if is_there.any())]
     bar.set_label("; ".join(words))
-    _log_ticks(bar.ax.xaxis, low, high)
+    ticks = _ticks(low, high, 6)
+    bar.set_ticks(ticks, labels=[f"{10**x:g}" for x in ticks])
 
 
 def _histogram(axes: Any, norm: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     shown = norm[np.isfinite(norm) & (norm > 0)]
-    low, high = _log_axis(axes, axes.xaxis, shown)
-    axes.hist(
-        shown, 10 ** np.linspace(math.log10(low), math.log10(high), 50), color=_SKY, edgecolor=_BLUE, linewidth=0.4
-    )
-    if shown.size:
-        marks = {"median": (50, "-", _BLACK), "90th percentile": (90, "--", _VERMILLION), "99th": (99, ":", _GREEN)}
-        for name, (share, stroke, colour) in marks.items():
-            x = float(np.percentile(shown, share))
-            axes.axvline(x, linestyle=stroke, color=colour, linewidth=1.4, label=f"{name}: {x:.3g}")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False, borderaxespad=0,
-                    handlelength=1.6, columnspacing=1.2)  # fmt: skip
+    if not shown.size:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no finite norm above 0", ha="center", transform=axes.transAxes)
+        return
+    low, high = _log_axis(axes, axes.xaxis, shown, 5)
+    axes.hist(shown, 10 ** np.linspace(low, high, 50), color=_SKY, edgecolor=_BLUE, linewidth=0.4)
+    marks = {"median": (50, "-", _BLACK), "90th percentile": (90, "--", _VERMILLION), "99th": (99, ":", _GREEN)}
+    for name, (share, stroke, colour) in marks.items():
+        x = float(np.percentile(shown, share))
+        axes.axvline(x, linestyle=stroke, color=colour, linewidth=1.4, label=f"{name}: {x:.3g}")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False, borderaxespad=0,
+                handlelength=1.6, columnspacing=1.2)  # fmt: skip
     axes.set(xlabel="gradient norm", ylabel="steps")
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
@@ -164,28 +179,33 @@ def _bins(count: int) -> Any:
     return np.unique(np.linspace(0, count, min(count, _COLUMNS), endpoint=False).astype(int))
 
 
-def _log_axis(axes: Any, axis: Any, values: Any) -> tuple[float, float]:
-    """A logarithmic axis with room around the values; its limits."""
+def _log_axis(axes: Any, axis: Any, values: Any, most: int) -> tuple[float, float]:
+    """A logarithmic axis with room around the values; the powers of ten that are its limits."""
+    from matplotlib.ticker import NullLocator
+
     values = values[np.isfinite(values)]
     low, high = (math.log10(values.min()), math.log10(values.max())) if values.size else (0.0, 0.0)
     room = max(0.06 * (high - low), 0.04)
-    low, high = 10 ** max(low - room, -307), 10 ** min(high + room, 308)
-    name = axis.axis_name
-    axes.set(**{f"{name}lim": (low, high), f"{name}scale": "log"})  # in this order, or it would look for limits itself
-    _log_ticks(axis, low, high)
+    low, high = max(low - room, -307.0), min(high + room, 308.0)
+    name, ticks = axis.axis_name, 10 ** np.array(_ticks(low, high, most))
+    axes.set(**{f"{name}lim": (10**low, 10**high), f"{name}scale": "log"})  # limits first, or it would look for its own
+    axis.set_ticks(ticks, labels=[f"{x:g}" for x in ticks])
+    axis.set_minor_locator(NullLocator())
     return low, high
 
 
-def _log_ticks(axis: Any, low: float, high: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+def _ticks(low: float, high: float, most: int) -> list[float]:
+    """Powers of ten between these two that are round numbers, so many or a few more."""
+    from matplotlib.ticker import MaxNLocator
 
-    decades = math.log10(high) - math.log10(low)
-    if decades < 1:
-        axis.set_major_locator(MaxNLocator(5))
+    if high - low < 1:
+        numbers = [float(x) for x in MaxNLocator(most).tick_values(10**low, 10**high)]
     else:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.set_minor_locator(NullLocator())
+        subs, each = ((1, 2, 5), 1) if high - low < 2 else ((1,), math.ceil((high - low) / most))
+        numbers = [
+            sub * 10.0**k for k in range(math.floor(low / each) * each, math.floor(high) + 1, each) for sub in subs
+        ]
+    return [math.log10(x) for x in numbers if x > 0 and low <= math.log10(x) <= high]
 
 
 def short(path: str, most: int = 32) -> str:
