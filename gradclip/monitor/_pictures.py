@@ -55,6 +55,8 @@ def figure(log: Mapping[str, Any]) -> Any:
         histogram, table = below.subplots(1, 2, width_ratios=[3, 2])
         _histogram(histogram, log["norm"])
         _table(table, log["norm"])
+        for axes in out.axes:
+            axes.tick_params(labelsize=_FONTS["xtick.labelsize"])  # ticks that are made later would be matplotlib's
     return out
 
 
@@ -62,7 +64,7 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
     step, norm, bound = log["step"], log["norm"], log["max_norm"]
     starts = _bins(len(step))
     finite, x = np.isfinite(norm), step[starts]
-    shown = np.where(finite & (norm > 0), norm, np.nan)
+    shown = _shown(norm)
     low, high = np.fmin.reduceat(shown, starts), np.fmax.reduceat(shown, starts)
     binned, few = len(starts) < len(step), len(step) <= 60
     if binned:
@@ -99,7 +101,7 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
             at = x[np.logical_or.reduceat(odd, starts)]
             place, told = axes.get_xaxis_transform(), f"{label}: {count(int(odd.sum()))}"
             axes.plot(at, np.full(len(at), height), marker, color=colour, markersize=5, transform=place, label=told)
-    seen = np.concatenate([shown, np.where(bound > 0, bound, np.nan)])
+    seen = np.concatenate([shown, _shown(bound)])
     _log_axis(axes, axes.yaxis, seen, 8)
     gap = 0.01 * (step[-1] - step[0]) or 1.0
     axes.set_xlim(step[0] - gap, step[-1] + gap)
@@ -146,7 +148,8 @@ def _heat_map(figure: Any, axes: Any, log: Mapping[str, Any], leaves: list[str])
 def _histogram(axes: Any, norm: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    shown = norm[np.isfinite(norm) & (norm > 0)]
+    shown = _shown(norm)
+    shown = shown[~np.isnan(shown)]
     if not shown.size:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no finite norm above 0", ha="center", transform=axes.transAxes)
@@ -174,6 +177,11 @@ def _table(axes: Any, norm: Any) -> None:
                   transform=axes.transAxes)  # fmt: skip
 
 
+def _shown(values: Any) -> Any:
+    """Positive numbers, within what matplotlib can put on a logarithmic axis; NaN for others."""
+    return np.where(np.isfinite(values) & (values > 0), np.clip(values, 1e-300, 1e300), np.nan)
+
+
 def _bins(count: int) -> Any:
     """Where each bin of rows starts: a row a bin, if there are few."""
     return np.unique(np.linspace(0, count, min(count, _COLUMNS), endpoint=False).astype(int))
@@ -183,10 +191,10 @@ def _log_axis(axes: Any, axis: Any, values: Any, most: int) -> tuple[float, floa
     """A logarithmic axis with room around the values; the powers of ten that are its limits."""
     from matplotlib.ticker import NullLocator
 
-    values = values[np.isfinite(values)]
+    values = values[~np.isnan(values)]
     low, high = (math.log10(values.min()), math.log10(values.max())) if values.size else (0.0, 0.0)
     room = max(0.06 * (high - low), 0.04)
-    low, high = max(low - room, -307.0), min(high + room, 308.0)
+    low, high = max(low - room, -303.0), min(high + room, 303.0)
     name, ticks = axis.axis_name, 10 ** np.array(_ticks(low, high, most))
     axes.set(**{f"{name}lim": (10**low, 10**high), f"{name}scale": "log"})  # limits first, or it would look for its own
     axis.set_ticks(ticks, labels=[f"{x:g}" for x in ticks])
