@@ -24,10 +24,6 @@ class _Row(NamedTuple):
     values: dict[str, Scalar]  # by column, without the step
 
 
-def _is_lost(row: _Row) -> bool:
-    return any(map(is_deleted, row.values.values()))
-
-
 class NormLog:
     """A CSV file of norms, bounds and per-leaf norms by step, which no step of training waits for.
 
@@ -198,7 +194,7 @@ class NormLog:
         """Settle the columns at the first row; raise if a later one has others."""
         if self._columns is None:
             self._columns = [*FIRST, *(name for name in values if name not in FIRST)]
-        new = [name for name in values if name not in self._columns]
+        new = sorted(values.keys() - self._columns)
         if new:
             raise ValueError(
                 f"{self._path} has no column {new[0]} ({len(new)} are new; its own: {', '.join(self._columns[:6])}"
@@ -208,8 +204,8 @@ class NormLog:
     def _write(self, count: int) -> None:
         """Fetch the oldest rows and append them. Rows whose numbers are gone are told after the others are safe."""
         rows = self._rows[:count]
-        lost = [row.step for row in rows if _is_lost(row)]
-        rows = [row for row in rows if not _is_lost(row)]
+        lost = {row.step for row in rows if any(map(is_deleted, row.values.values()))}
+        rows = [row for row in rows if row.step not in lost]
         numbers = iter(fetched([value for row in rows for value in row.values.values()]))
         rows = [_Row(row.step, {name: next(numbers) for name in row.values}) for row in rows]
         if rows:
@@ -218,7 +214,7 @@ class NormLog:
         del self._rows[:count]
         if lost:
             raise RuntimeError(
-                f"a number of step {lost[0]} was deleted before it was fetched ({len(lost)} steps are lost): do not "
+                f"a number of step {min(lost)} was deleted before it was fetched ({len(lost)} steps are lost): do not "
                 "donate norms to a jitted function (donate_argnums), or add a copy of them to the log"
             )
 

@@ -76,23 +76,27 @@ def fetched(arrays: Sequence[Array]) -> list[Scalar]:
     """
     groups: dict[Any, list[int]] = {}
     for i, x in enumerate(arrays):
-        if isinstance(x, float | np.floating):
-            continue
-        if hasattr(x, "copy_to_host_async"):
-            x.copy_to_host_async()
-            groups.setdefault(None, []).append(i)
-        else:
-            groups.setdefault((type(x), str(array_api_compat.device(x)), x.dtype), []).append(i)
+        if not isinstance(x, float | np.floating):
+            single = hasattr(x, "copy_to_host_async")
+            key = None if single else (type(x), str(array_api_compat.device(x)), x.dtype)
+            groups.setdefault(key, []).append(i)
     out = list(arrays)
     for key, places in groups.items():
         here = [arrays[i] for i in places]
-        numbers = list(map(np.asarray, here)) if key is None else _numbers(here)
+        numbers = _each(here) if key is None else _stacked(here)
         for i, number in zip(places, numbers, strict=True):
             out[i] = _typed(float(number), arrays[i])
     return out
 
 
-def _numbers(arrays: list[Array]) -> list[Any]:
+def _each(arrays: list[Array]) -> list[Any]:
+    if getattr(arrays[0].device, "platform", "") != "cpu":  # on the host there is nothing to copy
+        for x in arrays:
+            x.copy_to_host_async()
+    return list(map(np.asarray, arrays))
+
+
+def _stacked(arrays: list[Array]) -> list[Any]:
     row = array_api_compat.array_namespace(arrays[0]).stack(arrays)
     return list(row.tolist()) if hasattr(row, "tolist") else [row[i] for i in range(len(arrays))]
 

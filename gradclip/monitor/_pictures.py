@@ -82,7 +82,7 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
             lowest = np.fmin.reduceat(np.where(norm > bound, shown, np.nan), starts)[is_clipped]
             axes.vlines(x_clipped, lowest, clipped, linewidth=0.7, label=label, **style)
         else:
-            axes.plot(x_clipped, clipped, "x", markersize=6 if few else 3.5, markeredgewidth=0.8, label=label, **style)
+            axes.plot(x_clipped, clipped, "x", markersize=6 if few else 3, markeredgewidth=0.8, label=label, **style)
         axes.plot(
             x,
             bound[starts],
