@@ -12,6 +12,7 @@ import sys
 import threading
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -430,6 +431,30 @@ def test_one_transfer_for_each_dtype_and_device(path):
     assert read(path)["grads['b']"].tolist() == [3.0] * 4
 
 
+class _Copying(_OnDevice):
+    """As JAX's arrays of a device: each is copied by itself, and while it is not asked for."""
+
+    copies: ClassVar = []
+    is_ready = True
+
+    def copy_to_host_async(self):
+        self.copies.append("start")
+
+    def __array__(self, dtype=None, copy=None):
+        self.copies.append("read")
+        return np.array(self.value, self.dtype)
+
+
+def test_all_copies_start_before_one_is_read(path):
+    device = Device()
+    with NormLog(path, batch=8) as log:
+        for step in range(8):
+            assert _Copying.copies == []
+            log.add(step, _Copying(device, step / 2, (), "float32", "chip:0"), max_norm=1.0)
+        assert _Copying.copies == ["start"] * 4 + ["read"] * 4
+    assert read(path)["norm"].tolist() == [step / 2 for step in range(8)]
+
+
 def test_steps_between_are_not_looked_at(path):
     with NormLog(path, every=2) as log:
         log.add(1, object())
@@ -680,3 +705,16 @@ def test_importing_and_logging_imports_no_library(path):
     env = {**os.environ, "PYTHONPATH": str(Path(gradclip.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.full
+def test_the_picture_of_the_documentation(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    script = Path(__file__).parents[1] / "docs" / "norms.py"
+    if not script.is_file():
+        pytest.skip("docs/ is not beside the tests")
+    env = {**os.environ, "PYTHONPATH": str(Path(gradclip.__file__).parents[1])}
+    command = [sys.executable, "-W", "error", script, tmp_path / "norms.png"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.startswith("norms.csv: 500 steps, 0 to 499\n")  # the text that it reads is Python's own
+    assert (tmp_path / "norms.png").stat().st_size < 150_000

@@ -57,12 +57,12 @@ class NormLog:
 
     Examples
     --------
-    >>> import tempfile, gradclip
-    >>> path = tempfile.mkdtemp() + "/norms.csv"
+    >>> import pathlib, tempfile, numpy as np
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "norms.csv")
     >>> with NormLog(path, every=10) as log:
     ...     for step in range(30):
     ...         log.add(step, np.float32(0.1 * step), max_norm=1.5)
-    >>> print(open(path).read())
+    >>> print(path.read_text())
     step,norm,max_norm
     0,0.0,1.5
     10,1.0,1.5
