@@ -188,6 +188,21 @@ def test_traced_values_are_refused(path, transform):
 
 
 @pytest.mark.library("jax")
+def test_the_way_out_of_a_traced_loop(path):
+    """The repair that the error names."""
+    jax = pytest.importorskip("jax", reason="tracing needs jax")
+
+    def body(x, step):
+        jax.debug.callback(lambda step, norm: log.add(int(step), norm), step, x)
+        return 2 * x, None
+
+    with NormLog(path) as log:
+        jax.jit(lambda x: jax.lax.scan(body, x, jax.numpy.arange(4)))(1.0)
+        jax.effects_barrier()
+    assert read(path)["norm"].tolist() == [1.0, 2.0, 4.0, 8.0]
+
+
+@pytest.mark.library("jax")
 def test_deleted_values_are_told_and_the_others_written(path):
     jnp = pytest.importorskip("jax.numpy", reason="deleting needs jax")
     gone = jnp.asarray(2.0) + 1
@@ -496,6 +511,7 @@ def test_threads_do_not_tear_lines(path):
         def some(first):
             for step in range(first, 400, 4):
                 log.add(step, float(step), per_leaf={"w": float(step), "b": float(step)})
+                log.flush() if step % 3 == 0 else None
 
         threads = [threading.Thread(target=some, args=(first,)) for first in range(4)]
         for thread in threads:
@@ -506,6 +522,32 @@ def test_threads_do_not_tear_lines(path):
     back = read(path)
     for name in ("step", "norm", "grads['w']", "grads['b']"):
         assert back[name].tolist() == list(range(400))
+
+
+def test_rows_that_one_thread_fetches_are_not_fetched_by_another(path):
+    device, go, reading = Device(), threading.Event(), threading.Event()
+
+    class Slow(_OnDevice):
+        def tolist(self):
+            reading.set()
+            assert go.wait(60)
+            return super().tolist()
+
+    device.xp.stack = lambda arrays: Slow(device, [x.value for x in arrays], (len(arrays),), "float32", "chip:0")
+    log = NormLog(path)
+    log.add(0, device.number(1.0))
+    threads = [threading.Thread(target=log.flush) for _ in range(2)]
+    threads[0].start()
+    assert reading.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive()
+    go.set()
+    for thread in threads:
+        thread.join()
+    log.close()
+    assert device.transfers == 1
+    assert path.read_text() == "step,norm,max_norm\n0,1.0,\n"
 
 
 # -- dicts for trackers ------------------------------------------------------------------------------------------------
@@ -528,6 +570,9 @@ def test_scalars(path):
         assert log.scalars("train/g") == {"train/g_step": 3.0, "train/g_norm": 3.5}
         assert all(type(x) is float for x in log.scalars().values())
         log.add(4, math.nan, max_norm=1.0)
+        log.flush()
+        assert log.scalars()["grad_clipped"] == 0.0
+        log.add(5, 1.0, max_norm=1.0)
         log.flush()
         assert log.scalars()["grad_clipped"] == 0.0
 

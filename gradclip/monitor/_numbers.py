@@ -62,7 +62,7 @@ def _sort(name: str, x: Any) -> _Sort:
     if hasattr(x, "aval") and not hasattr(x, "is_ready"):
         raise TypeError(
             f"{name} has no value yet, for it is being traced: return it from the jitted function and add it to the "
-            "log outside, or pass it to jax.debug.callback(log.add, step, norm)"
+            "log outside, or jax.debug.callback(lambda step, norm: log.add(int(step), norm), step, norm)"
         )
     if on_host(x):
         return _Sort.HOST
