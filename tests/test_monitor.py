@@ -623,6 +623,7 @@ CASES = {
     "usual": lambda: log_of(500, [f"['encoder'][{i}].weight" for i in range(12)]),
     "not finite": bad,
     "a million": lambda: log_of(1_000_000),
+    "rarely clipped": lambda: log_of(20_000, ["['w']"], 5.0),
     "no bound": lambda: log_of(300, ["['w']"], None),
     "no leaves": lambda: log_of(300),
     "one step": lambda: log_of(1, ["['w']", "['b']"]),

@@ -75,24 +75,13 @@ def _norms(axes: Any, log: Mapping[str, Any]) -> None:
     share = clipped_share(log)
     if share is not None:
         clipped = np.fmax.reduceat(np.where(norm > bound, shown, np.nan), starts)
-        is_clipped = ~np.isnan(clipped)
-        x_clipped, clipped = x[is_clipped], clipped[is_clipped]
         label, style = f"clipped: {percent(share)} of the steps", {"color": _VERMILLION, "zorder": 2.5}
-        if binned:
-            lowest = np.fmin.reduceat(np.where(norm > bound, shown, np.nan), starts)[is_clipped]
-            axes.vlines(x_clipped, lowest, clipped, linewidth=0.7, label=label, **style)
+        if binned and np.count_nonzero(clipped > 0) > 150:  # crosses would hide it all
+            axes.vlines(x, np.fmin(np.fmax(low, bound[starts]), clipped), clipped, linewidth=0.7, label=label, **style)
         else:
-            axes.plot(x_clipped, clipped, "x", markersize=6 if few else 3, markeredgewidth=0.8, label=label, **style)
-        axes.plot(
-            x,
-            bound[starts],
-            color=_BLACK,
-            linestyle="--",
-            linewidth=1.1,
-            label="bound",
-            zorder=3,
-            marker="_" * (len(step) == 1),
-        )
+            axes.plot(x, clipped, "x", markersize=6 if few else 3, markeredgewidth=0.8, label=label, **style)
+        dash = {"linestyle": "--", "linewidth": 1.1, "marker": "_" * (len(step) == 1), "color": _BLACK}
+        axes.plot(x, bound[starts], label="bound", zorder=3, **dash)
     for odd, marker, height, colour, label in (
         (~finite, "v", 0.96, _PURPLE, "inf or NaN"),
         (norm == 0, "^", 0.04, _GREEN, "zero"),
@@ -209,7 +198,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     if high - low < 1:
         numbers = [float(x) for x in MaxNLocator(most).tick_values(10**low, 10**high)]
     else:
-        subs, each = ((1, 2, 5), 1) if high - low < 2 else ((1,), math.ceil((high - low) / most))
+        subs, each = ((1, 2, 5), 1) if high - low < 2.5 else ((1,), math.ceil((high - low) / most))
         numbers = [
             sub * 10.0**k for k in range(math.floor(low / each) * each, math.floor(high) + 1, each) for sub in subs
         ]
