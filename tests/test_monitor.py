@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 import gradclip
+from backends import MISSING
 from gradclip.monitor import NormLog, read
 from gradclip.monitor.__main__ import main
 
@@ -468,6 +470,30 @@ def test_all_copies_start_before_one_is_read(path):
             log.add(step, _Copying(device, step / 2, (), "float32", "chip:0"), max_norm=1.0)
         assert _Copying.copies == ["start"] * 4 + ["read"] * 4
     assert read(path)["norm"].tolist() == [step / 2 for step in range(8)]
+
+
+@pytest.mark.library("cupy")
+@pytest.mark.skipif("cupy" in MISSING, reason=f"cupy: {MISSING.get('cupy')}")
+def test_cupy_is_read_once_a_batch_on_its_own_device(path):
+    cupy = importlib.import_module("cupy")
+    cupycpu = pytest.importorskip("cupycpu", reason="what CuPy does is counted on emulated devices")
+    if not cupycpu.available():
+        pytest.skip("no emulated devices")
+    with cupy.cuda.Device(1):
+        norms = [cupy.asarray(i + 0.5, dtype="f4") for i in range(8)]
+    with NormLog(path, batch=8) as log:
+        for step in range(8):
+            log.add(step, norms[step], per_leaf={"w": norms[step]})  # once before: the pool and the kernel are there
+    with NormLog(path, batch=8) as log:
+        with cupycpu.record() as r:
+            for step in range(8, 15):
+                log.add(step, norms[step - 8], max_norm=1.0, per_leaf={"w": norms[step - 8]})
+        assert (r["kernel"], r["d2h"], r.synced) == (0, 0, 0), r.events
+        with cupycpu.record() as r:
+            log.add(15, norms[7], max_norm=1.0, per_leaf={"w": norms[7]})
+        assert r["d2h"] == 1, r.events
+    assert read(path)["norm"].tolist() == [i % 8 + 0.5 for i in range(16)]
+    assert cupy.cuda.runtime.getDevice() == 0
 
 
 def test_steps_between_are_not_looked_at(path):

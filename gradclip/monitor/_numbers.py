@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any
 
@@ -97,8 +98,10 @@ def _each(arrays: list[Array]) -> list[Any]:
 
 
 def _stacked(arrays: list[Array]) -> list[Any]:
-    row = array_api_compat.array_namespace(arrays[0]).stack(arrays)
-    return list(row.tolist()) if hasattr(row, "tolist") else [row[i] for i in range(len(arrays))]
+    device = array_api_compat.device(arrays[0])
+    with device if hasattr(device, "__enter__") else nullcontext():  # a GPU works for others as well, but slowly
+        row = array_api_compat.array_namespace(arrays[0]).stack(arrays)
+        return list(row.tolist()) if hasattr(row, "tolist") else [row[i] for i in range(len(arrays))]
 
 
 def is_deleted(x: Any) -> bool:
