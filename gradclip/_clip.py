@@ -54,9 +54,9 @@ def global_norm(grads: Tree, norm_type: NormType = 2.0, *, all_reduce: AllReduce
 
     Notes
     -----
-    At most 4 units in the last place off up to 1e5 elements (8, or 4/|p|, for p other than 0, 1, 2, inf, -inf), without
-    overflow or underflow on the way: sums are wide, or in bins for big, middle and small magnitudes (Blue, ACM TOMS 4,
-    1978; Anderson, ACM TOMS 44, 2017). Never waits for the device. In JAX differentiable, 0 at g = 0.
+    At most 4 units in the last place off up to 1e5 elements (8, or 4/\|p\|, for p other than 0, 1, 2, inf, -inf),
+    without overflow or underflow on the way: sums are wide, or in bins for big, middle and small magnitudes (Blue, ACM
+    TOMS 4, 1978; Anderson, ACM TOMS 44, 2017). Never waits for the device. In JAX differentiable, 0 at g = 0.
 
     Examples
     --------

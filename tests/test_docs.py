@@ -18,7 +18,8 @@ from backends import MISSING
 
 PACKAGE = Path(gradclip.__file__).parent
 README = Path(__file__).parents[1] / "README.md"
-PAGES = sorted(path.name for path in README.parent.glob("docs/*.md"))
+DOCS = README.parent / "docs"
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 MODULES = sorted(
@@ -43,6 +44,8 @@ NEEDS = {
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^ *(?P=ticks) *$", re.M | re.S)
 LEFT_OUT = re.compile(r"<!-- not run: (?P<reason>[^\n]*\S) -->\s*\Z")
 SHOWN = {"text", "output"}
+PYTHON = {"python", "py", "pycon"}
+DIRECTIVE = re.compile(r"\{[\w-]+\}")  # a fence that Sphinx follows, "{toctree}": there is nothing to run
 
 
 class Block(NamedTuple):
@@ -89,7 +92,7 @@ def run_markdown(text: str, name: str) -> int:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     python, printed = 0, None
     for block in blocks(text):
-        if block.language in ("python", "py", "pycon"):
+        if block.language in PYTHON:
             python += 1
             printed = None
             if block.not_run:
@@ -146,13 +149,28 @@ def test_readme_is_for_the_first_ten_minutes():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_pages(name):
-    path = README.parent / "docs" / name
-    text = path.read_text(encoding="utf-8")
-    if "import jax" in text:
-        jax = pytest.importorskip("jax", reason=f"docs/{name} needs jax")
-        if len(jax.devices()) < 4:
+    text = (DOCS / name).read_text(encoding="utf-8")
+    python = [block for block in blocks(text) if block.language in PYTHON]
+    runs = "\n".join(block.body for block in python if not block.not_run)
+    for library in sorted(set(re.findall(r"^(?:import|from) (jax|optax|torch)\b", runs, re.M))):
+        module = pytest.importorskip(library, reason=f"docs/{name} needs {library}")
+        if library == "jax" and len(module.devices()) < 4:
             pytest.skip(f"docs/{name} needs 4 devices")
-    assert run_markdown(text, f"docs/{name}") == sum(b.language in ("python", "py", "pycon") for b in blocks(text))
+    assert run_markdown(text, f"docs/{name}") == len(python)
+
+
+def test_fences_name_a_language_that_the_reader_knows():
+    """A block in any other would not be looked at, and nobody would know."""
+    for name in ("README.md", *(f"docs/{name}" for name in PAGES)):
+        for block in blocks((README.parent / name).read_text(encoding="utf-8")):
+            known = block.language in PYTHON | SHOWN | {"sh"} or DIRECTIVE.fullmatch(block.language)
+            assert known, f"{name}:{block.line}: a block in {block.language!r}"
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are called in links, on GitHub and on the site: `## What NaN does` is `#what-nan-does`."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in PAGES)])
@@ -160,11 +178,27 @@ def test_fences_are_closed_and_links_lead_somewhere(name):
     path = README.parent / name
     text = path.read_text(encoding="utf-8")
     assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(blocks(text)), "a fence that is not closed"
-    for target in re.findall(r"\]\(([^)#:]+)\)", FENCE.sub("", text)):
-        if (path.parent / target).parent != README.parent:  # the tests of a wheel have no more than README.md and docs/
-            assert (path.parent / target).is_file(), f"{name} links to {target}"
-    linked = README.read_text(encoding="utf-8")
-    assert name == "README.md" or f"]({name})" in linked, "README.md does not link to it"
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", FENCE.sub("", text)):
+        there = (path.parent / target).resolve() if target else path
+        if there.parent != README.parent:  # the tests of a wheel have no more than README.md and docs/
+            assert there.is_file(), f"{name} links to {target}"
+            assert not anchor or anchor in anchors(there.read_text(encoding="utf-8")), f"{name}: {target}#{anchor}"
+
+
+def listed(name: str) -> list[str]:
+    """The pages in the toctrees of a page, and of these, in the order of reading."""
+    out = []
+    for block in blocks((DOCS / name).read_text(encoding="utf-8")):
+        if block.language == "{toctree}":
+            entries = [line for line in block.body.splitlines() if line and not line.startswith(":")]
+            pages = [str(Path(name).parent / f"{entry}.md") for entry in entries]
+            out += [page for entry in pages for page in (entry, *listed(entry))]
+    return out
+
+
+def test_every_page_is_in_one_toctree():
+    assert sorted(["index.md", *listed("index.md")]) == PAGES
+    assert "](docs/index.md)" in README.read_text(encoding="utf-8")
 
 
 GOOD = """
@@ -194,6 +228,12 @@ import no_such_module
 pip install gradclip
 ```
 
+```{toctree}
+:hidden:
+
+another
+```
+
 - in a list:
 
   ```python
@@ -204,8 +244,8 @@ pip install gradclip
 
 def test_the_reader_of_markdown():
     """A runner that cannot fail would be worth nothing."""
-    assert [b.language for b in blocks(GOOD)] == ["python", "text", "python", "python", "sh", "python"]
-    assert [b.not_run for b in blocks(GOOD)] == ["", "", "", "it needs a machine with eight devices", "", ""]
+    assert [b.language for b in blocks(GOOD)] == ["python", "text", "python", "python", "sh", "{toctree}", "python"]
+    assert [b.not_run for b in blocks(GOOD)] == ["", "", "", "it needs a machine with eight devices", "", "", ""]
     assert run_markdown(GOOD, "good") == 4
 
 
@@ -230,3 +270,12 @@ def test_the_reader_of_markdown_finds_faults(old, new, error, match):
     assert old in GOOD
     with pytest.raises(error, match=match):
         run_markdown(GOOD.replace(old, new), "good")
+
+
+def test_the_reader_of_headings():
+    assert anchors(
+        "# Infinity and NaN, where p <= 0\n\n```sh\n# no heading\n```\n## What `clipped_sum` promises\n"
+    ) == {
+        "infinity-and-nan-where-p--0",
+        "what-clipped_sum-promises",
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
     "compare.py",
     "cupy_pipeline.py",
+    "jax_adaptive.py",
     "jax_private_train.py",
     "jax_sharded_train.py",
     "jax_train_step.py",
@@ -107,6 +109,29 @@ def test_numpy_agc_at_a_rate_that_needs_no_clipping(tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stdout.rstrip().endswith("the claim did not hold")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.library("jax")
+def test_jax_adaptive(tmp_path):
+    needs("jax", "optax", "matplotlib")
+    plot = tmp_path / "tmp.png"
+    done = python(EXAMPLES / "jax_adaptive.py", "--steps", "300", "--out", plot, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {
+        name: numbers(r"(?<= )[\d.]+(?= )|inf", row)
+        for name, row in re.findall(r"^(\w+(?: bound)?) ( .*)%$", done.stdout, re.M)
+    }
+    assert rows.keys() == {"no bound", "fixed bound", "AutoClip", "ZClip"}
+    for name, (before, after, end, norm, bound) in rows.items():
+        assert norm > 500
+        if name == "no bound":
+            assert bound == math.inf
+            assert after > 10 * before
+        else:
+            assert bound < 3
+            assert max(after, end) < before + 0.1
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == [plot.name]
 
 
 @pytest.mark.library("jax")

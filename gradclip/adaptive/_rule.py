@@ -18,7 +18,7 @@ from gradclip._tree import flatten
 from gradclip._types import AllReduce, Array, Nonfinite, NormType, Per, Scalar, Tree
 from gradclip.adaptive._numbers import Number
 from gradclip.adaptive._rows import Rows
-from gradclip.adaptive._states import Step, closed, dtype_of, step
+from gradclip.adaptive._states import Step, apart, closed, dtype_of, step
 
 T = TypeVar("T")
 
@@ -44,8 +44,8 @@ class Rule:
 
     A rule is settings only, and hashable; what it remembers is a state that goes in and comes out: a named tuple of
     small arrays of the gradients' own library, on their device. So it goes through `jax.jit`, `lax.scan`, `vmap`,
-    donation and checkpoints. Each group of `per` has numbers of its own. A norm that is not finite is answered by `nonfinite`,
-    and never learned from. In derivatives, the bound is a constant.
+    donation and checkpoints. Each group of `per` has numbers of its own. A norm that is not finite is answered by
+    `nonfinite`, and never learned from. In derivatives, the bound is a constant.
 
     Notes
     -----
@@ -128,7 +128,7 @@ class Rule:
             home = array_api_compat.device(leaves[0]) if leaves else None
             zero, count = (backend.move(xp.zeros(shape, dtype=dtype), home) for dtype in (acc, xp.int32))
             start = self.start(count, Number.of(xp, zero, wide))
-            return start._make(map(closed, start))
+            return start._make(apart(xp, closed(x)) for x in start)
 
     def update(self, state: Any, norm: Any) -> tuple[Any, Any]:
         """Choose the bound for gradients of this norm, and learn from it.
@@ -249,7 +249,7 @@ class Rule:
         partials = measured(call)
         found = decided(call._replace(bounds=Bounds(), nonfinite="propagate"), partials)
         reported, rows, like = found.norms, Rows.of(call.grouped), state[0]
-        xp = array_api_compat.array_namespace(like)
+        xp, home = array_api_compat.array_namespace(like), array_api_compat.device(like)
         for x in reported[:1]:
             if library(x) != library(like):
                 raise TypeError(
@@ -257,7 +257,8 @@ class Rule:
                     "make it by rule.init(grads), for these gradients"
                 )
         # The factors are the norms, as they are: a factor that is multiplied with a shift twice.
-        norm, shift = (None if x is None else rows.of_groups(xp, xp.asarray(constant(x))) for x in found.factors)
+        own = (None if x is None else xp.asarray(call.backend.move(x, home)) for x in found.factors)
+        norm, shift = (None if x is None else rows.of_groups(xp, constant(x)) for x in own)
         divisor = call.bounds.divide_by
         step = self._stepped(state, norm, shift, divisor if isinstance(divisor, float) else constant(divisor))
         max_norm, unit = (None if x is None else rows.for_groups(x) for x in step.product)

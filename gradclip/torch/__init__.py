@@ -1,4 +1,4 @@
-r"""PyTorch's own names and signatures, given parameters: one import changes, and no call.
+r"""PyTorch's own names and signatures, given parameters: one import changes, and no call::
 
     from torch.nn.utils import clip_grad_norm_  ->  from gradclip.torch import clip_grad_norm_
 

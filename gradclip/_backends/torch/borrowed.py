@@ -58,6 +58,10 @@ class BorrowedBackend(PlainBackend):
             leaves.arrays = arrays
         return arrays
 
+    def move(self, x: Array, device: Any) -> Array:
+        """A small array, the lender's too."""
+        return super().move(x if isinstance(x, torch.Tensor) else self.tensor(x), device)
+
     def bounds(self, given: Bounds, leaves: Sequence[Array]) -> Bounds:
         return self.lender.bounds(Bounds(*map(self._lent, given)), self.arrays(leaves))
 
@@ -85,9 +89,6 @@ class BorrowedBackend(PlainBackend):
         relative: bool = False,
     ) -> Verdict:
         verdict = self.lender.decide(norm, partials, bounds, groups, nonfinite, relative)
-        if bounds.max_norm is None:  # the factors are the norms
-            factors = Factors(*[None if x is None else self.tensor(x) for x in verdict.factors])
-            verdict = verdict._replace(factors=factors)
         return verdict._replace(norms=list(map(self.tensor, verdict.norms)))
 
     def weighted_sum(self, leaves: Sequence[Array], factors: Factors, groups: Groups) -> list[Array]:
