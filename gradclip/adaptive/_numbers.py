@@ -93,11 +93,8 @@ class Number:
     # -- arithmetic ------------------------------------------------------------------------------------------
 
     def __add__(self, other: Real) -> Number:
-        that, xp = self._as(other), self.xp
-        if self.exponent is None or that.exponent is None:
-            return Number(xp, self._plain() + that._plain())
-        top = xp.maximum(self.exponent, that.exponent)
-        return Number(xp, self._below(top) + that._below(top), top)._ended()
+        one, that, top = self._beside(other)
+        return Number(self.xp, one + that, top)._ended()
 
     def __mul__(self, other: Real) -> Number:
         that = self._as(other)
@@ -151,6 +148,14 @@ class Number:
     def _plain(self) -> Array:
         return self.value()
 
+    def _beside(self, other: Real) -> tuple[Array, Array, Array | None]:
+        """The mantissas of both beside one exponent, and that."""
+        that = self._as(other)
+        if self.exponent is None or that.exponent is None:
+            return self._plain(), that._plain(), None
+        top = self.xp.maximum(self.exponent, that.exponent)
+        return self._below(top), that._below(top), top
+
     def _below(self, top: Array) -> Array:
         """The mantissa beside the exponent `top`, which is no less than its own: two steps down nothing is left."""
         xp, one = self.xp, self.xp.ones_like(self.mantissa)
@@ -161,16 +166,20 @@ class Number:
     # -- comparison ------------------------------------------------------------------------------------------
 
     def __gt__(self, other: Real) -> Array:
-        return (self - other).mantissa > 0
+        one, that, _ = self._beside(other)
+        return one > that
 
     def __lt__(self, other: Real) -> Array:
-        return (self - other).mantissa < 0
+        one, that, _ = self._beside(other)
+        return one < that
 
     def __ge__(self, other: Real) -> Array:
-        return self.xp.logical_not(self < other)
+        one, that, _ = self._beside(other)
+        return one >= that
 
     def __le__(self, other: Real) -> Array:
-        return self.xp.logical_not(self > other)
+        one, that, _ = self._beside(other)
+        return one <= that
 
     def isfinite(self) -> Array:
         return self.xp.isfinite(self.mantissa)

@@ -20,7 +20,7 @@ class Rows:
         self.shapes = [tuple(shape) for shape in shapes]
         self.lengths = list(map(math.prod, self.shapes))
         self._is_tree = names is not None
-        self._order = sorted(range(len(names)), key=[*map(_parts, names)].__getitem__) if names else [0] * bool(shapes)
+        self._order = sorted(range(len(names)), key=[(_parts(x), x) for x in names].__getitem__) if names else [0] * bool(shapes)
 
     @classmethod
     def of(cls, parts: Grouped) -> Rows:
@@ -82,5 +82,5 @@ class Rows:
 
 
 def _parts(name: str) -> list[Any]:
-    """As people sort: `[2]` before `[10]`. Text and numbers take turns."""
+    """As people sort: `[2]` before `[10]`. Text and numbers take turns. `w1` and `w01` are equal to this."""
     return [int(x) if i % 2 else x for i, x in enumerate(re.split(r"(\d+)", name))]

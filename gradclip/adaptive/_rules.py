@@ -81,7 +81,7 @@ class ZClip(Rule):
         warm, above = state.count < self.warmup, norm - mean
         allowed = self.threshold**2 * variance
         stands_out = xp.logical_and(above > 0, above * above > allowed)
-        bound = where(xp.logical_and(stands_out, xp.logical_not(warm)), mean + allowed / above, math.inf)
+        bound = where(xp.logical_and(stands_out, xp.logical_not(warm)), mean + allowed / where(stands_out, above, 1.0), math.inf)
         left = minimum(norm, bound)
         weight = 1 / xp.astype(state.count + 1, norm.mantissa.dtype)
         weight = xp.where(warm, weight, xp.full_like(weight, 1 - self.decay))
@@ -158,7 +158,7 @@ class AdaGC(Rule):
         mean, warm = state.mean, state.count < self.warmup
         finite = where(norm.isfinite(), norm, 0.0)
         total = (finite * finite).sum().sqrt()
-        share = where(total > self.max_norm, norm * (self.max_norm / total), math.inf)
+        share = where(total > self.max_norm, norm * (self.max_norm / where(total > 0, total, 1.0)), math.inf)
         known = mean > 0
         early = norm.xp.logical_or(warm, norm.xp.logical_not(known))
         bound = where(early, share, self.factor * mean)
