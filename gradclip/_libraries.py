@@ -158,12 +158,9 @@ def fused(function: F, x: Array) -> F:
 
     JAX starts a program for every operation on arrays that are not traced, which takes 30 us.
     """
-    return _jitted(function) if _is(x, "jax", "Array") else function
-
-
-@lru_cache
-def _jitted(function: F) -> F:
-    return sys.modules["jax"].jit(function, static_argnums=0)  # type: ignore[no-any-return]
+    if not _is(x, "jax", "Array"):
+        return function
+    return import_module("gradclip._backends.jax.wide").fused(function)  # type: ignore[no-any-return]
 
 
 def unsuitable(x: Any) -> str:

@@ -135,6 +135,13 @@ def to_float32(xp: Namespace, norm: Array) -> Array:
     return xp.astype(xp.where(norm >= largest + 2.0**103, xp.full_like(norm, math.inf), held), xp.float32)
 
 
+class Product(NamedTuple):
+    """Numbers as products of two, each in the range of its dtype; `unit` None stands for 1."""
+
+    number: Array
+    unit: Array | None
+
+
 class Factors(NamedTuple):
     """Rows of factors: `x * shift * factor * shift` neither overflows nor loses bits unless its result does.
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import array_api_compat
+
 from gradclip._types import Array
 from gradclip.adaptive._numbers import Number, where
 from gradclip.adaptive._rule import Rule
@@ -70,8 +72,8 @@ class AutoClip(Rule):
 
     def step(self, state: AutoClipState, norm: Number) -> tuple[Number, AutoClipState]:
         xp, count, ordered = norm.xp, state.count, state.ordered
-        number = xp.ones_like(state.recent.mantissa) > 0
-        place = xp.cumulative_sum(xp.astype(number, count.dtype), axis=0) - 1  # the entries' numbers
+        place = xp.arange(self.history, dtype=count.dtype, device=array_api_compat.device(count))
+        place = xp.reshape(place, (-1, *(1 for _ in count.shape)))  # the entries' numbers
         at = place == count % self.history
         gone = where(count >= self.history, state.recent.chosen(at), math.inf)
 

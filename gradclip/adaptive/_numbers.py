@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeAlias
 
-from gradclip._scaled import Scaled, host_split, moderate, range_of
+from gradclip._scaled import Product, Scaled, host_split, moderate, range_of
 from gradclip._types import Array, Namespace
 
 #: The exponents of 0 and of inf: below and above those of all other numbers.
@@ -54,16 +54,16 @@ class Number:
         """The numbers in their dtype: inf beyond its range, 0 below."""
         return Scaled(self.mantissa, self.exponent).value(self.xp)
 
-    def in_two(self) -> tuple[Array, Array | None]:
-        """The same as a product of two arrays, each in the range of the dtype; None for a second one of 1."""
+    def product(self) -> Product:
+        """The same as a product of two."""
         if self.exponent is None:
-            return self.mantissa, None
+            return Product(self.mantissa, None)
         xp, step = self.xp, range_of(self.mantissa).step
         one = xp.ones_like(self.mantissa)
         up, down = self.exponent >= 1, self.exponent <= -1
         unit = xp.where(up, step * one, xp.where(down, one / step, one))
         rest = self.exponent - xp.where(up, one, xp.where(down, -one, 0 * one))
-        return Scaled(self.mantissa, rest).value(xp), unit
+        return Product(Scaled(self.mantissa, rest).value(xp), unit)
 
     def _as(self, other: Real) -> Number:
         """What stands on the other side of an operator."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat
 
-from gradclip._scaled import Scaled
+from gradclip._scaled import Product, Scaled
 from gradclip._types import Array, Namespace
 from gradclip.adaptive._numbers import Number, where
 
@@ -17,7 +17,7 @@ class Step(NamedTuple):
     """What a rule makes of a step, as arrays: the bound, the same as a product of two, and the state after it."""
 
     bound: Array
-    product: tuple[Array, Array | None]
+    product: Product
     state: Any
 
 
@@ -33,7 +33,7 @@ def step(rule: Any, state: Any, norm: Array, shift: Array | None, divisor: Any, 
     bound, after = rule.step(opened, where(finite, number, math.inf), *more)
     learned = xp.any(finite) if rule.pooled else finite
     after = after._replace(count=state[0] + xp.astype(learned, state[0].dtype))
-    return Step(bound.value(), bound.in_two(), state._make(map(partial(_kept, xp, learned), after, state)))
+    return Step(bound.value(), bound.product(), state._make(map(partial(_kept, xp, learned), after, state)))
 
 
 def _kept(xp: Namespace, learned: Array, new: Any, old: Any) -> Any:
@@ -51,13 +51,9 @@ def closed(x: Any) -> Any:
 
 def apart(xp: Namespace, x: Any) -> Any:
     """A field, in memory of its own: where a state is donated, no array may be in it twice."""
-    return (
-        Scaled(*map(partial(apart, xp), x))
-        if isinstance(x, Scaled)
-        else None
-        if x is None
-        else xp.asarray(x, copy=True)
-    )
+    if isinstance(x, Scaled):
+        return Scaled(*map(partial(apart, xp), x))
+    return x if x is None else xp.asarray(x, copy=True)
 
 
 def _is_wide(state: Any) -> bool:

@@ -60,7 +60,7 @@ class _InFloat64(_Undifferentiated):
         return self._settled(ends(0), params, bounds, groups, wide=False, **settled)
 
     def _finish(self, xp: Namespace, norm: Norm, rows: Seen) -> Scaled:
-        return _wide(norm.finish(xp, rows))
+        return widened(norm.finish(xp, rows))
 
     def _quotient(self, xp: Namespace, numerator: Scaled, denominator: Scaled) -> Factors:
         """As `quotient` gives it: in float32, by steps that lose no bits."""
@@ -98,7 +98,7 @@ def _at_once(run: Callable[..., T], given: tuple[Any, ...]) -> T:
     return lax.while_loop(lambda s: ~(some(s[0]) < s[1]), lambda s: (zeros, one, once(*s[0])), state)[2]
 
 
-def _wide(x: Scaled) -> Scaled:
+def widened(x: Scaled) -> Scaled:
     """In float64. 2**(90 e) is put together from its bits: no power is exact in XLA for sure."""
     mantissa = jnp.asarray(x.mantissa).astype(jnp.float64)
     if x.exponent is None:
@@ -126,7 +126,7 @@ def decided(
     def in_float64(measured: Measured, bounds: Bounds) -> Verdict:
         # Without `jit`, which traces each step of the policy as a function of its own.
         with jax.enable_x64(True), jax.disable_jit():
-            wide = Bounds(*(None if x is None else _wide(x) for x in bounds))
+            wide = Bounds(*(None if x is None else widened(x) for x in bounds))
             return _plain(_InFloat64().decided(norm, measured, wide, groups, **settled), groups)
 
     def on_cpu(measured: Measured, bounds: Bounds) -> Verdict:
