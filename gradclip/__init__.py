@@ -17,7 +17,7 @@ from gradclip._per_example import clipped_sum
 from gradclip._threads import set_num_threads
 from gradclip._types import Clipped, ClippedSum
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Clipped",

@@ -201,6 +201,18 @@ def test_every_page_is_in_one_toctree():
     assert "](docs/index.md)" in README.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("CITATION.cff", r"^version: (\S+)$"), ("CHANGELOG.md", r"^## \[(\d\S*)\]")]
+)
+def test_the_version_is_the_same_everywhere(name, pattern):
+    path = README.parent / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not beside these tests")
+    stated = re.search(pattern, path.read_text(encoding="utf-8"), re.M)
+    assert stated is not None
+    assert stated[1] == gradclip.__version__
+
+
 GOOD = """
 # Title
 
