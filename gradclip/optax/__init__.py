@@ -28,8 +28,8 @@ what is not finite is met by `nonfinite`, and leaves must be floating-point arra
 A name is read only when somebody asks: no step waits for it. Call ``update`` with a state of None or `optax.EmptyState`
 to clip once, outside a loop.
 
-**inject_hyperparams** makes arrays of all numbers and schedules of all callables. `max_norm`, `threshold`, `clipping`
-and `eps` may be either. The rest must be named as static where they are given:
+**inject_hyperparams** makes arrays of all numbers and schedules of all callables. `max_norm`, `threshold`,
+`max_delta`, `clipping` and `eps` may be either. Other numbers and callables must be named as static where given:
 ``optax.inject_hyperparams(clip_by_global_norm, static_args=("norm_type", "per", "all_reduce"))``.
 
 **Several devices**: under `jax.jit` over sharded arrays pass nothing. In `shard_map` and `pmap` pass
@@ -119,7 +119,7 @@ def clip_by_global_norm(
     try:
         p = _arguments.norm_type(2.0 if norm_type is None else norm_type)
     except TypeError as error:
-        raise TypeError(f"{error}. Under optax.inject_hyperparams, static_args=('norm_type',) leaves it so") from None
+        raise TypeError(f"{error}. Under optax.inject_hyperparams, static_args=('norm_type',) keeps it") from None
     _arguments.policy(nonfinite)
     rule = max_norm if _is_rule(max_norm) else None
 

@@ -10,9 +10,10 @@ import optax
 
 import gradclip
 from gradclip import _arguments
-from gradclip._types import AllReduce, Nonfinite, Per, Scalar, Tree
+from gradclip._leaves import active, parameters
+from gradclip._types import AllReduce, Array, Nonfinite, Per, Scalar, Tree
 from gradclip.optax._state import ClipState, followed, stand_ins, started
-from gradclip.optax._units import OptaxUnits
+from gradclip.optax._units import AsTheyLie, OptaxUnits
 
 
 def adaptive_grad_clip(
@@ -29,7 +30,7 @@ def adaptive_grad_clip(
     .. math:: \mathrm{clip}(g_k) = g_k \min\Big(1, \lambda \frac{\max(\|w_k\|, \epsilon)}{\|g_k\|}\Big)
 
     with :math:`\lambda` = `clipping`, :math:`\epsilon` = `eps` (Brock, De, Smith, Simonyan, ICML 2021, equation 3):
-    `gradclip.clip_grad_agc` in place of `optax.adaptive_grad_clip`.
+    in place of `optax.adaptive_grad_clip`.
 
     Parameters
     ----------
@@ -55,13 +56,15 @@ def adaptive_grad_clip(
     Raises
     ------
     ValueError
-        If both `axis` and `per` are given; by `update`, if it is given no parameters.
+        If both `axis` and `per` are given, or `clipping` or `eps` is out of range; by `update`, for parameters that are
+        not given, or of another structure or shape.
     TypeError, LeafError, NonFiniteError
-        By `update`, as `gradclip.clip_grad_agc`.
+        As `clip_by_global_norm`.
 
     Notes
     -----
-    `update` needs `params`. `bound` in the state is inf where the norm of parameters is beyond its dtype.
+    `gradclip.clip_grad_agc`, which tells no bounds, gives the same but for the bound's rounding, and where the norm of
+    parameters is beyond its dtype: here that clips nothing. `all_reduce` is called for updates and for parameters.
 
     Examples
     --------
@@ -72,19 +75,18 @@ def adaptive_grad_clip(
     >>> updates.tolist(), state.norm.tolist()
     ([[0.0, 0.0010000000474974513], [0.5, 0.0]], [[2.0, 1.0]])
     """
+    clipping, eps = _arguments.scalar("clipping", clipping), _arguments.scalar("eps", eps, positive=True)
     _arguments.policy(nonfinite)
     if per is not None and axis is not None:
         raise ValueError(f"axis={axis!r} and per={per!r} both say what a unit is: pass one of them")
-    units = OptaxUnits(axis) if per is None else None
-    groups = "unit" if units else per
+    units = AsTheyLie() if per is not None else OptaxUnits(axis)
+    groups = "unit" if per is None else per
 
-    def norms(weights: Tree, all_reduce: AllReduce | None = None) -> Tree:
-        if units is None:
-            return gradclip.norms(weights, per=groups, all_reduce=all_reduce)
-        return units.norms(gradclip.norms(units.laid(weights), per=groups, all_reduce=all_reduce), weights)
+    def bounded(norm: Array) -> Array:
+        return jnp.asarray(clipping, norm.dtype) * jnp.maximum(norm, jnp.asarray(eps, norm.dtype))
 
     def init(params: Tree) -> ClipState:
-        return started(norms, params)
+        return started(lambda weights: units.norms(gradclip.norms(units.laid(weights), per=groups), weights), params)
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, ClipState]:
         if params is None:
@@ -93,21 +95,13 @@ def adaptive_grad_clip(
                 "update(updates, state, params)"
             )
         state, weights = state or init(params), stand_ins(params)
-        laid = (updates, weights) if units is None else (units.laid(updates), units.laid(weights))
-        clipped, norm = gradclip.clip_grad_agc(
-            *laid, clipping, eps=eps, per=groups, nonfinite=nonfinite, all_reduce=all_reduce
+        parameters(weights, active(updates))  # raises where they do not fit
+        # In place of `clip_grad_agc`, which reads the same, and does not tell the bounds.
+        bounds = jax.tree.map(bounded, gradclip.norms(units.laid(weights), per=groups, all_reduce=all_reduce))
+        clipped, norm = gradclip.clip_grad_norm(
+            units.laid(updates), bounds, per=groups, nonfinite=nonfinite, all_reduce=all_reduce
         )
-        if units is not None:
-            clipped, norm = units.back(clipped, updates), units.norms(norm, updates)
-        return clipped, followed(state, norm, _bounds(norms(weights, all_reduce), clipping, eps))
+        bounds = units.norms(bounds, weights)
+        return units.back(clipped, updates), followed(state, units.norms(norm, updates), bounds)
 
     return optax.GradientTransformation(init, update)
-
-
-def _bounds(norms: Tree, clipping: Any, eps: Any) -> Tree:
-    """The bounds of adaptive clipping, from the norms of parameters."""
-
-    def one(clipping: Any, norms: Tree) -> Tree:
-        return jax.tree.map(lambda x: jnp.asarray(clipping, x.dtype) * jnp.maximum(x, jnp.asarray(eps, x.dtype)), norms)
-
-    return jax.tree.map(one, clipping, norms)

@@ -43,7 +43,9 @@ def started(norms: Callable[[Tree], Tree], params: Tree, rule: Any = None) -> Cl
     def zeros(dtype: Any = None) -> Tree:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), form)
 
-    return ClipState(jnp.zeros((), jnp.int32), zeros(), zeros(), zeros(jnp.int32), () if rule is None else rule)
+    return ClipState(
+        jnp.zeros((), jnp.int32), zeros(), zeros(), zeros(jnp.int32), () if rule is None else as_before(rule, rule)
+    )
 
 
 def stand_ins(params: Tree) -> Tree:

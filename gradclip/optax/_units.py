@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,27 @@ import numpy as np
 from gradclip._types import Array, Tree
 
 
-class OptaxUnits(NamedTuple):
+class AsTheyLie:
+    """Leaves as they are, for groups that gradclip knows."""
+
+    def laid(self, tree: Tree) -> Tree:
+        return tree
+
+    def back(self, laid: Tree, like: Tree) -> Tree:
+        return laid
+
+    def norms(self, norms: Tree, like: Tree) -> Tree:
+        return norms
+
+
+class OptaxUnits(AsTheyLie):
     """Lays leaves out so that optax's units are gradclip's: the last axis of a matrix, or the whole of a vector.
 
     `axis`: what a norm sums over; None: what optax takes, which stands first, so that no element moves.
     """
 
-    axis: int | tuple[int, ...] | None
+    def __init__(self, axis: int | tuple[int, ...] | None) -> None:
+        self.axis = axis
 
     def kept(self, x: Array) -> tuple[int, ...]:
         """The axes that count the units of a leaf."""
