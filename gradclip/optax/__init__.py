@@ -47,7 +47,7 @@ from gradclip import _arguments
 from gradclip._types import AllReduce, Nonfinite, NormType, Per, Tree
 from gradclip.optax._agc import adaptive_grad_clip
 from gradclip.optax._examples import per_example_global_norm_clip, per_example_layer_norm_clip
-from gradclip.optax._state import ClipState, as_before, followed, started
+from gradclip.optax._state import ClipState, as_before, followed, stand_ins, started
 
 __all__ = [
     "ClipState",
@@ -124,7 +124,10 @@ def clip_by_global_norm(
     rule = max_norm if _is_rule(max_norm) else None
 
     def init(params: Tree) -> ClipState:
-        return started(lambda grads: gradclip.norms(grads, p, per=per), params, rule and rule.init(params, per=per))
+        likes = stand_ins(params)
+        return started(
+            lambda x: gradclip.norms(x, p, per=per), likes, None if rule is None else rule.init(likes, per=per)
+        )
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, ClipState]:
         state = state or init(updates)

@@ -86,7 +86,7 @@ def adaptive_grad_clip(
         return jnp.asarray(clipping, norm.dtype) * jnp.maximum(norm, jnp.asarray(eps, norm.dtype))
 
     def init(params: Tree) -> ClipState:
-        return started(lambda weights: units.norms(gradclip.norms(units.laid(weights), per=groups), weights), params)
+        return started(lambda x: units.norms(gradclip.norms(units.laid(x), per=groups), x), stand_ins(params))
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, ClipState]:
         if params is None:

@@ -36,16 +36,15 @@ class ClipState(NamedTuple):
     """The state of a rule of `gradclip.adaptive`, where one chooses the bound."""
 
 
-def started(norms: Callable[[Tree], Tree], params: Tree, rule: Any = None) -> ClipState:
+def started(norms: Callable[[Tree], Tree], grads: Tree, rule: Any = None) -> ClipState:
     """The state before the first update. `norms` is only traced, for the form of the norms."""
-    form = jax.eval_shape(norms, stand_ins(params))
+    form = jax.eval_shape(norms, grads)
 
     def zeros(dtype: Any = None) -> Tree:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), form)
 
-    return ClipState(
-        jnp.zeros((), jnp.int32), zeros(), zeros(), zeros(jnp.int32), () if rule is None else as_before(rule, rule)
-    )
+    rule = () if rule is None else as_before(rule, rule)
+    return ClipState(jnp.zeros((), jnp.int32), zeros(), zeros(), zeros(jnp.int32), rule)
 
 
 def stand_ins(params: Tree) -> Tree:
