@@ -138,10 +138,11 @@ def test_per_example_global_norm_clip():
 @pytest.mark.parametrize(("bound", "total", "clipped"), [(INF, 7.0, 0), (0.0, 0.0, 3), (1.25, 1.75, 3)])
 def test_per_example_global_norm_clip_of_integers(bound, total, clipped):
     """The example of optax's documentation: three examples of norm 5, and one of 0."""
+    jax.config.update("jax_enable_x64", True)
     grads = [jnp.array([[0, 0, 0], [0, 3, 4], [4, 0, 3], [3, 4, 0]])]
     got, n = ours.per_example_global_norm_clip(grads, bound)
     assert_close(got, [[total] * 3], rtol=3e-6)
-    assert int(n) == clipped
+    assert (int(n), n.dtype, got[0].dtype) == (clipped, jnp.int32, jnp.float32)
 
 
 def test_per_example_global_norm_clip_where_an_example_is_not_finite():
@@ -235,6 +236,13 @@ def test_adaptive_clipping_by_gradclips_groups():
     assert plain(state.clipped) == [[[1, 1]], None]
 
 
+def test_adaptive_clipping_where_a_unit_is_not_finite():
+    params, grads = jnp.full((2, 2), 2.0), jnp.array([[NAN, 3.0], [1.0, 4.0]])
+    updates, state = ours.adaptive_grad_clip(2.0**-1.5, nonfinite="zero").update(grads, None, params)
+    assert_close(updates, [[0.0, 0.6], [0.0, 0.8]])
+    assert plain(state.clipped) == [[0, 1]]
+
+
 def test_adaptive_clipping_says_what_is_wrong(grads):
     with pytest.raises(ValueError, match=r"got none: call update\(updates, state, params\)"):
         ours.adaptive_grad_clip(0.1).update(grads, None)
@@ -244,6 +252,10 @@ def test_adaptive_clipping_says_what_is_wrong(grads):
         ours.adaptive_grad_clip(0.1, nonfinite="zeros")
     with pytest.raises(ValueError, match="clipping must be a number >= 0"):
         ours.adaptive_grad_clip(-0.1).update(grads, None, grads)
+    with pytest.raises(ValueError, match="eps must be a positive number"):
+        ours.adaptive_grad_clip(0.1, eps=0.0)
+    with pytest.raises(ValueError, match=r"params\['w'\] is an array of shape \(3,\), and its gradient has the shape"):
+        ours.adaptive_grad_clip(0.1).update(grads, None, {**grads, "w": jnp.ones(3)})
     with pytest.raises(ValueError, match="axis 3 is out of bounds"):
         ours.adaptive_grad_clip(0.1, axis=3).init(grads)
 
@@ -427,6 +439,17 @@ def test_a_rule_chooses_the_bound(grads, per, norm, bound):
     assert forms(first) == forms(second) == forms(state)
 
 
+def test_the_state_of_a_rule_keeps_its_dtypes():
+    jax.config.update("jax_enable_x64", True)
+    tx = ours.clip_by_global_norm(Half())
+    state = tx.init(arrays(GRADS))
+    for _ in range(2):
+        updates, after = tx.update(arrays(GRADS, "float64"), state)
+        assert forms(after) == forms(state)
+        state = after
+    assert_close(updates, scaled(0.5))
+
+
 # -- optax's wrappers --------------------------------------------------------------------------------------------------
 
 
@@ -559,6 +582,19 @@ def test_shard_map(check_vma):
     updates, state = steps(grads, tx.init(grads))
     assert_close(updates, {"b": [-6.0], "w": [-1.5, 0.0, 0.0, -2.0]})
     assert plain(state[0]) == ours.ClipState(2, 13.0, 6.5, 2, ())
+
+
+def test_adaptive_clipping_in_shard_map():
+    """The axis that norms sum over is spread: both norms are joined."""
+    mesh = mesh_of(("d", 4))
+    params, grads = jnp.full((16, 2), 0.5), jnp.array([[1.0, 0.25]] * 16)  # units of norm 2, and 4 and 1
+    specs = P("d"), P(), P("d")
+    for how in ({}, {"axis": 0}, {"per": "unit"}):
+        tx = ours.adaptive_grad_clip(1.0, **how, all_reduce=psum("d"))
+        update = jax.jit(jax.shard_map(tx.update, mesh=mesh, in_specs=specs, out_specs=specs[:2]))
+        updates, state = update(grads, tx.init(params), params)
+        assert_close(updates, [[0.5, 0.25]] * 16)
+        assert plain(state) == ours.ClipState(1, [[4.0, 1.0]], [[2.0, 2.0]], [[1, 0]], ())
 
 
 def test_sharded_gradients_under_jit():

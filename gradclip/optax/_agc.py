@@ -40,7 +40,8 @@ def adaptive_grad_clip(
         The least norm of parameters that counts, > 0.
     axis : int or tuple of ints, static
         The axes that a norm sums over, in every leaf. None: optax's for each leaf: all where at most one axis is longer
-        than 1; the first of 2 or 3; all but the last of 4 and more.
+        than 1; the first of 2 or 3; all but the last of 4 and more. In `shard_map` that goes by the shapes of shards:
+        name it, or `per`, where a shard has an axis of length 1 that the whole leaf has not.
     per : static
         Other groups than optax's, as in `gradclip.clip_grad_agc`: ``"unit"``, ``gradclip.Units(0)``, ...
     nonfinite : {"propagate", "zero", "error"}, static
