@@ -256,6 +256,8 @@ def test_adaptive_clipping_says_what_is_wrong(grads):
         ours.adaptive_grad_clip(0.1, eps=0.0)
     with pytest.raises(ValueError, match=r"params\['w'\] is an array of shape \(3,\), and its gradient has the shape"):
         ours.adaptive_grad_clip(0.1).update(grads, None, {**grads, "w": jnp.ones(3)})
+    with pytest.raises(LeafError, match=r"grads\['w'\]"):
+        ours.adaptive_grad_clip(0.1).update({**grads, "w": 1.0}, None, grads)
     with pytest.raises(ValueError, match="axis 3 is out of bounds"):
         ours.adaptive_grad_clip(0.1, axis=3).init(grads)
 
@@ -348,6 +350,15 @@ def test_what_is_not_finite(grads):
 def test_a_call_outside_a_loop_begins_anew(grads, state):
     _, after = ours.clip_by_global_norm(1.0).update(grads, state)
     assert plain(after) == ours.ClipState(1, 13.0, 1.0, 1, ())
+
+
+def test_a_checkpoint_of_optaxs_chain_goes_on(grads, usual_promotion):
+    old = optax.chain(optax.clip_by_global_norm(6.5), optax.adam(1e-3))
+    _, state = old.update(grads, old.init(grads))
+    new = optax.chain(ours.clip_by_global_norm(6.5), optax.adam(1e-3))
+    _, state = jax.jit(new.update)(grads, state)
+    assert plain(state[0]) == ours.ClipState(1, 13.0, 6.5, 1, ())
+    assert int(state[1][0].count) == 2
 
 
 def test_counts_stay_at_the_largest_int32(grads):

@@ -1,7 +1,6 @@
 """optax's own names for clipping, with the norm in their state.
 
-    import optax  ->  import optax; import gradclip.optax as clip
-    optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))  ->  clip.clip_by_global_norm(1.0)
+    from optax import clip_by_global_norm  ->  from gradclip.optax import clip_by_global_norm
 
 Names, positions and defaults are optax's, gradclip's own options are keywords behind them. What comes out is clipped as
 `gradclip.clip_grad_norm` does it: float16 and large numbers do not overflow, sums are wide, a bound of 0 gives zeros,
@@ -25,8 +24,8 @@ what is not finite is met by `nonfinite`, and leaves must be floating-point arra
 >>> int(optax.tree_utils.tree_get(state, "count", filtering=ours))
 1
 
-A name is read only when somebody asks: no step waits for it. Call ``update`` with a state of None or `optax.EmptyState`
-to clip once, outside a loop.
+Numbers stay on the device until somebody reads them: no step waits. ``update`` makes a new state of None and of
+`optax.EmptyState`: to clip once, outside a loop, and to go on from a checkpoint that was made with optax's clip.
 
 **inject_hyperparams** makes arrays of all numbers and schedules of all callables. `max_norm`, `threshold`,
 `max_delta`, `clipping` and `eps` may be either. Other numbers and callables must be named as static where given:
@@ -144,6 +143,7 @@ def clip_by_global_norm(
 
 
 def _is_rule(max_norm: Any) -> bool:
+    """Whether it chooses bounds from norms; a number, an array or a schedule has no `init`."""
     return hasattr(max_norm, "init")
 
 

@@ -10,7 +10,7 @@ import optax
 
 import gradclip
 from gradclip import _arguments
-from gradclip._leaves import active, parameters
+from gradclip._leaves import active, backend_for, parameters
 from gradclip._types import AllReduce, Array, Nonfinite, Per, Scalar, Tree
 from gradclip.optax._state import ClipState, followed, stand_ins, started
 from gradclip.optax._units import AsTheyLie, OptaxUnits
@@ -95,8 +95,8 @@ def adaptive_grad_clip(
                 "adaptive_grad_clip holds updates against the norms of parameters, and got none: call "
                 "update(updates, state, params)"
             )
-        state, weights = state or init(params), stand_ins(params)
-        parameters(weights, active(updates))  # raises where they do not fit
+        state, weights, flat = state or init(params), stand_ins(params), active(updates)
+        backend_for(flat), parameters(weights, flat)  # they raise: before leaves are laid out
         # In place of `clip_grad_agc`, which reads the same, and does not tell the bounds.
         bounds = jax.tree.map(bounded, gradclip.norms(units.laid(weights), per=groups, all_reduce=all_reduce))
         clipped, norm = gradclip.clip_grad_norm(
