@@ -96,7 +96,8 @@ def adaptive_grad_clip(
                 "update(updates, state, params)"
             )
         state, weights, flat = state or init(params), stand_ins(params), active(updates)
-        backend_for(flat), parameters(weights, flat)  # they raise: before leaves are laid out
+        backend_for(flat)  # raises for what is no gradient, and the next where it is not that of these parameters
+        parameters(weights, flat)
         # In place of `clip_grad_agc`, which reads the same, and does not tell the bounds.
         bounds = jax.tree.map(bounded, gradclip.norms(units.laid(weights), per=groups, all_reduce=all_reduce))
         clipped, norm = gradclip.clip_grad_norm(
