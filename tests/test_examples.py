@@ -21,6 +21,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
     "compare.py",
     "cupy_pipeline.py",
+    "flax_optax.py",
     "jax_adaptive.py",
     "jax_private_train.py",
     "jax_sharded_train.py",
@@ -194,6 +195,22 @@ def test_jax_train_step(tmp_path):
     assert "not finite" in broken
     assert re.search(r"\['layer\d'\]\['[wb]'\] \(float32, .*holds \d+ NaN, \d+ inf", broken), broken
     assert whole.endswith("no error")
+
+
+@pytest.mark.library("jax")
+def test_flax_optax(tmp_path):
+    needs("jax", "flax", "optax", "sklearn")
+    done = python(EXAMPLES / "flax_optax.py", "--epochs", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    losses, norms = numbers(r"loss (\S+)", done.stdout), numbers(r"gradient norm (\S+)", done.stdout)
+    assert len(losses) == len(norms) == 4
+    assert losses[-1] < losses[0] / 2
+    assert numbers(r"bound (\S+)", done.stdout)[1:] == [0.489, 0.5, 0.5], "the schedule ends after two epochs"
+    shares = numbers(r"clipped +(\d+)%", done.stdout)
+    clipped, steps = map(int, re.search(r"^clipped in (\d+) of (\d+) steps$", done.stdout, re.M).groups())
+    assert abs(clipped / steps - sum(shares) / 400) < 0.006, "counted in the state, and from the norms"
+    assert min(numbers(r"(?:train|test) (\d\.\d+)", done.stdout)) > 0.8
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.library("jax")

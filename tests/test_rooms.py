@@ -83,7 +83,7 @@ ALSO_NAMED = {
 
 
 #: Beyond their own: what else a folder names.
-OTHERS = {"jax": ("jaxlib",), "numpy": ("ml_dtypes",), "monitor": ("matplotlib",)}
+OTHERS = {"jax": ("jaxlib",), "optax": ("jax",), "numpy": ("ml_dtypes",), "monitor": ("matplotlib",)}
 #: Whose arrays may be other libraries', too: plain tensors are worked on as NumPy's and CuPy's, on the same memory.
 BESIDE = {"torch": ("numpy", "cupy", "ml_dtypes")}
 
@@ -227,7 +227,7 @@ def test_a_new_file_finds_its_room():
     assert rank("_types.py") < rank("_backends/jax/__init__.py") < rank("_clip.py") < rank("optax.py")
     assert may_name("_backends/jax/sums.py") == {"jax", "jaxlib", "numpy"}
     assert may_name("_per_example.py") == set()
-    assert may_import_at_once("torch/_parameters.py") == may_name("optax.py") - {"optax"} | {"torch"}
+    assert may_import_at_once("torch/_parameters.py") == may_name("optax.py") - {"optax", "jax"} | {"torch"}
 
 
 @each_file
