@@ -20,7 +20,9 @@ class Rows:
         self.shapes = [tuple(shape) for shape in shapes]
         self.lengths = list(map(math.prod, self.shapes))
         self._is_tree = names is not None
-        self._order = sorted(range(len(names)), key=[(_parts(x), x) for x in names].__getitem__) if names else [0] * bool(shapes)
+        self._order = (
+            sorted(range(len(names)), key=[(_parts(x), x) for x in names].__getitem__) if names else [0] * bool(shapes)
+        )
 
     @classmethod
     def of(cls, parts: Grouped) -> Rows:
