@@ -71,7 +71,7 @@ class AutoClip(Rule):
     def step(self, state: AutoClipState, norm: Number) -> tuple[Number, AutoClipState]:
         xp, count, ordered = norm.xp, state.count, state.ordered
         number = xp.ones_like(state.recent.mantissa) > 0
-        place = xp.cumulative_sum(xp.astype(number, count.dtype), axis=0) - 1  # the entries' numbers
+        place = xp.cumulative_sum(xp.astype(number, count.dtype), axis=0, dtype=count.dtype) - 1  # the entries' numbers
         at = place == count % self.history
         gone = where(count >= self.history, state.recent.chosen(at), math.inf)
 
