@@ -1,4 +1,4 @@
-"""The rules on every library, and what JAX may do to them: jit, scan, vmap, donation, derivatives, meshes, checkpoints."""
+"""The rules on every library, and what JAX does to them: jit, scan, vmap, donation, derivatives, checkpoints."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stepped(xp: Backend, rule: Rule, per: Any) -> Any:
     return clip if xp.eager else xp._jitted(("rule", rule, str(per)), clip)  # type: ignore[attr-defined]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_same_as_numpy(xp: Backend, name: str, dtype: str) -> None:
@@ -160,7 +160,7 @@ def test_in_place(xp: Backend) -> None:
     np.testing.assert_allclose(xp.numpy(leaf), (7.5 + 6.25 / 492.5) / 5 * np.float32([3.0, 4.0]), rtol=1e-6)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("dask") is None, reason="needs dask")
 @pytest.mark.parametrize("name", RULES)
 def test_dask(name: str) -> None:
@@ -255,7 +255,7 @@ class TestJax(AsJax):
         numbers = WAYS[per].numbers(got) if isinstance(got, dict) else got[0][..., 0]
         check_rows(RULES[name], WAYS[per], rows, numbers, lambda i: 4 + i, mpmath.mpf(2) ** -126)
 
-    @pytest.mark.sampled(3)
+    @pytest.mark.sampled(6)
     @pytest.mark.parametrize("name", RULES)
     def test_scan_is_a_loop(self, name: str) -> None:
         """Fifty steps, bit for bit, states too."""
@@ -271,8 +271,8 @@ class TestJax(AsJax):
                 assert np.asarray(x).tobytes() == np.asarray(y[i]).tobytes(), i
         assert [x.tobytes() for x in fields(state)] == [x.tobytes() for x in fields(last)]
 
-    @pytest.mark.sampled(3)
-    @pytest.mark.parametrize("name", RULES)
+    @pytest.mark.sampled(6)
+    @pytest.mark.parametrize("name", sorted(RULES, reverse=True))
     def test_vmap_and_donation(self, name: str) -> None:
         """Several runs side by side, each with a state of its own, which is donated."""
         rule, way = RULES[name], WAYS["leaf"]
@@ -295,16 +295,16 @@ class TestJax(AsJax):
     def test_the_bound_is_a_constant_to_derivatives(self) -> None:
         rule = NormGrowth(1.5)
         grads = {"a": jnp.float32([3.0, -4.0]), "b": jnp.float32([1.0])}
-        state = rule.clip(jax.tree.map(lambda x: x / 10, grads), rule.init(grads)).state
+        state = jax.jit(rule.clip)(jax.tree.map(lambda x: x / 10, grads), rule.init(grads)).state
 
         def by_rule(g: Any) -> Any:
             return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(rule.clip(g, state).grads))
 
         def by_bound(g: Any) -> Any:
-            bound = jax.lax.stop_gradient(rule.clip(grads, state).max_norm)
+            bound = jnp.float32(1.5 * math.sqrt(0.26))
             return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(gradclip.clip_grad_norm(g, bound).grads))
 
-        got, want = jax.grad(by_rule)(grads), jax.grad(by_bound)(grads)
+        got, want = jax.jit(lambda g: (jax.grad(by_rule)(g), jax.grad(by_bound)(g)))(grads)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
             assert abs(np.asarray(y)).max() > 1e-3
@@ -312,7 +312,7 @@ class TestJax(AsJax):
         def learned(g: Any) -> Any:
             return rule.clip(g, state).state.last.mantissa + rule.clip(g, state).max_norm
 
-        assert not any(np.asarray(x).any() for x in jax.tree.leaves(jax.grad(learned)(grads)))
+        assert not any(np.asarray(x).any() for x in jax.tree.leaves(jax.jit(jax.grad(learned))(grads)))
 
     def test_keys_that_jit_sorts(self) -> None:
         """A state that was made of unsorted keys is that of the same leaves under `jax.jit`, labels too."""
@@ -371,27 +371,32 @@ class TestJax(AsJax):
         assert error.get() is None
         error, _ = clip({"w": jnp.float32([1.0, NAN, 1.0])}, out.state)
         assert "grads['w']" in error.get()
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("name", RULES)
+    def test_debug_nans_finds_none(self, name: str) -> None:
+        rule, grads = RULES[name], {"w": jnp.ones(3)}
         with jax.debug_nans(True):
-            for each in RULES.values():
-                state = each.init(grads)
+            for clip in (rule.clip, jax.jit(rule.clip)):
+                state = rule.init(grads)
                 for scale in (0.0, 1.0, 2.0):
-                    state = each.clip({"w": scale * grads["w"]}, state).state
+                    state = clip({"w": scale * grads["w"]}, state).state
                 assert int(state.count) == 3
 
+    @pytest.mark.full
     def test_numbers_of_64_bits_beside_others(self) -> None:
-        """Where they are enabled: of groups of 32 bits, states are float64 without exponents; leaves left out count not."""
+        """Where they are enabled: a state is as wide as the leaves in its groups; those left out do not count."""
         with jax.enable_x64(True):
             rule = AutoClip(0.5, 4)
             grads = {"a": jnp.full(4, 1e300, jnp.float64), "b": jnp.full(4, 1e38, jnp.float32)}
-            for per, exponents in (({"a": None, "b": "b"}, False), ({"a": "a", "b": "b"}, True), (None, True)):
+            for per, wide in (({"a": None, "b": "b"}, False), ({"a": "a", "b": "b"}, True)):
                 state = rule.init(grads, per)
                 clip = jax.jit(functools.partial(rule.clip, per=per))
                 for scale in (1.0, 2.0, 3.0):
                     clipped, _, bound, state = clip({k: v * scale for k, v in grads.items()}, state)
-                assert (state.recent.exponent is not None) is exponents
-                assert state.recent.mantissa.dtype == jnp.float64
+                assert state.recent.mantissa.dtype == (jnp.float64 if wide else jnp.float32)
                 np.testing.assert_allclose(clipped["b"], np.float32(2e38), rtol=1e-6)
-                assert jax.tree.leaves(bound)[-1].dtype == (jnp.float64 if per is None else jnp.float32)
+                assert bound["b"].dtype == jnp.float32
 
     def test_checkpoints(self, tmp_path: Any) -> None:
         """By pickle, and by orbax where it is installed: the next step has the same bits."""
@@ -462,5 +467,5 @@ class TestTorch:
         grads = [torch.tensor([[0.5], [2.0], [3.0], [4.0]])]
         state = rule.init(grads, per="example")
         bound, state = rule.update(state, gradclip.norms(grads, per="example"), noise=torch.tensor(1.0))
-        assert float(gradclip.clipped_sum(grads, bound).sum[0]) == 3.5
+        assert float(gradclip.clipped_sum(grads, bound).sum[0]) == pytest.approx(3.5, rel=1e-5)
         assert float(rule.update(state, grads[0][:, 0])[0]) == 1.0  # (1 + 1) of 4: no move

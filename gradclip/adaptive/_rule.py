@@ -258,8 +258,8 @@ class Rule:
                     "make it by rule.init(grads), for these gradients"
                 )
         # The factors are the norms, as they are: a factor that is multiplied with a shift twice.
-        own = (None if x is None else xp.asarray(call.backend.move(x, home)) for x in found.factors)
-        norm, shift = (None if x is None else rows.of_groups(xp, constant(x)) for x in own)
+        own = (None if x is None else xp.asarray(call.backend.move(constant(x), home)) for x in found.factors)
+        norm, shift = (None if x is None else rows.of_groups(xp, x) for x in own)
         divisor = call.bounds.divide_by
         step = self._stepped(state, norm, shift, _divisors(divisor))
         max_norm, unit = (None if x is None else rows.for_groups(x) for x in step.product)
