@@ -14,7 +14,7 @@ from gradclip._scaled import Product, Scaled, host_split, moderate, range_of
 from gradclip._types import Array, Namespace
 
 #: The exponents of 0 and of inf: below and above those of all other numbers.
-_OF_ZERO, _OF_INF = -8.0, 8.0
+_OF_ZERO, _OF_INF = -64.0, 64.0
 
 Real: TypeAlias = "Number | float | Array"
 """A number, a Python number, or a real array of moderate numbers: counts, weights."""
@@ -43,12 +43,16 @@ class Number:
     # -- in and out ------------------------------------------------------------------------------------------
 
     @classmethod
-    def of(cls, xp: Namespace, x: Array, wide: bool) -> Number:
-        """An array as numbers; `wide`: as it is, with no exponents."""
+    def of(cls, xp: Namespace, x: Array, wide: bool, like: Array | None = None) -> Number:
+        """An array as numbers; `wide`: as it is, with no exponents. `like`: an array of the dtype to have."""
+        like = x if like is None else like
         if wide:
-            return cls(xp, x)
-        m, e = moderate(xp, xp.abs(x))
-        return cls(xp, xp.where(x < 0, -m, m), e)._ended()
+            return cls(xp, xp.astype(x, like.dtype))
+        if range_of(x).top <= range_of(like).top:
+            x = xp.astype(x, like.dtype)
+        m, e = moderate(xp, xp.abs(x), range_of(like).step)
+        m, e = (xp.astype(y, like.dtype) for y in (xp.where(x < 0, -m, m), e))
+        return cls(xp, m, e)._ended()
 
     def value(self) -> Array:
         """The numbers in their dtype: inf beyond its range, 0 below."""
@@ -71,7 +75,7 @@ class Number:
             return other
         xp = self.xp
         if not isinstance(other, int | float):
-            return Number.of(xp, xp.astype(other, self.mantissa.dtype), self.exponent is None)
+            return Number.of(xp, other, self.exponent is None, self.mantissa)
         like = self.mantissa
         if self.exponent is None:
             return Number(xp, xp.full_like(like, float(other)))

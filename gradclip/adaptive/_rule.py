@@ -119,8 +119,9 @@ class Rule:
             As `gradclip.norms`.
         """
         flat = active(grads)
+        backend_for(flat)  # what is no gradient is told before it is grouped
         parts = grouped(flat, per)
-        backend, leaves = backend_for(flat).adopt(flat.values)
+        backend, leaves = backend_for(parts.flat).adopt(parts.flat.values)
         xp, acc = backend.xp, backend.accumulation(leaves)
         wide = all(fits(dtype_name(x), acc) for x in leaves)
         shape = () if self.pooled or per is None else (parts.groups.count,)
@@ -174,7 +175,7 @@ class Rule:
         rows = Rows.in_form(norm, blocks)
         with Backend(xp).session(blocks, in_place=False):
             row = rows.joined(xp, blocks)
-            found = self._stepped(state, xp.zeros((0,), dtype=dtype) if row is None else row, None, None, *more)
+            found = self._stepped(state, xp.zeros((0,), dtype=dtype) if row is None else row, None, (), *more)
             return rows.shown(xp, found.bound, own, flat.rebuild), found.state
 
     def clip(
@@ -257,10 +258,10 @@ class Rule:
                     "make it by rule.init(grads), for these gradients"
                 )
         # The factors are the norms, as they are: a factor that is multiplied with a shift twice.
-        own = (None if x is None else xp.asarray(call.backend.move(x, home)) for x in found.factors)
-        norm, shift = (None if x is None else rows.of_groups(xp, constant(x)) for x in own)
+        own = (None if x is None else xp.asarray(call.backend.move(constant(x), home)) for x in found.factors)
+        norm, shift = (None if x is None else rows.of_groups(xp, x) for x in own)
         divisor = call.bounds.divide_by
-        step = self._stepped(state, norm, shift, divisor if isinstance(divisor, float) else constant(divisor))
+        step = self._stepped(state, norm, shift, _divisors(divisor))
         max_norm, unit = (None if x is None else rows.for_groups(x) for x in step.product)
         verdict = decided(call._replace(bounds=Bounds(max_norm, None, divisor, unit)), partials)
         return verdict, rows.shown(xp, step.bound, reported, call.grouped.norms), step.state
@@ -274,6 +275,16 @@ class Rule:
                 "rule.init(grads, per), with the same per"
             )
         return fused(step, norm)(self, state, norm, *more)
+
+
+def _divisors(divide_by: Any) -> tuple[Any, ...]:
+    """`divide_by` as numbers to divide by one after the other: a float as two, for `jax.jit` makes it a float32."""
+    if divide_by is None:
+        return ()
+    if not isinstance(divide_by, float):
+        return (constant(divide_by),)
+    m, e = math.frexp(divide_by)
+    return (divide_by,) if abs(e) < 125 else (math.ldexp(m, e // 2), math.ldexp(1.0, e - e // 2))
 
 
 def _described(shape: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,13 +22,14 @@ class Step(NamedTuple):
     state: Any
 
 
-def step(rule: Any, state: Any, norm: Array, shift: Array | None, divisor: Any, *more: Any) -> Step:
-    """One step of a rule, for gradients of norm ``norm * shift**2 / divisor``; `shift`, `divisor` None: 1."""
+def step(rule: Any, state: Any, norm: Array, shift: Array | None, divisors: Sequence[Any], *more: Any) -> Step:
+    """One step of a rule, for gradients of norm ``norm * shift**2``, divided by each of these; `shift` None: 1."""
     xp = array_api_compat.array_namespace(norm)
-    number = Number.of(xp, norm, _is_wide(state))
+    number = Number.of(xp, norm, _is_wide(state), next((x.mantissa for x in state if isinstance(x, Scaled)), norm))
     for power in (shift, shift):
         number = number if power is None else number * power
-    number = number if divisor is None else number / divisor
+    for divisor in divisors:
+        number = number / divisor
     finite = number.isfinite()
     opened = state._make(Number(xp, *x) if isinstance(x, Scaled) else x for x in state)
     bound, after = rule.step(opened, where(finite, number, math.inf), *more)

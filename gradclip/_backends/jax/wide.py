@@ -57,6 +57,8 @@ def _widened(x: Any) -> Any:
 def _narrowed(like: Any, x: Any) -> Any:
     if not _is_number(like):
         return x.astype(like.dtype)
+    if like[1] is None:
+        return type(like)(x[0].astype(like[0].dtype), None)
     mantissa, steps = _split(x[0], most=1 if isinstance(like, Product) else 11)
     second = _power(steps) if isinstance(like, Product) else steps
     return type(like)(mantissa.astype(jnp.float32), second.astype(jnp.float32))
