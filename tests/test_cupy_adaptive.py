@@ -21,8 +21,8 @@ pytestmark = [
 here = "cupy" not in MISSING
 cupy: Any = importlib.import_module("cupy") if here else None
 
-#: How many kernels a step launches at most: for float32 leaves, whose norms float64 holds, and for float64 leaves, whose
-#: norms may be beyond it. The clip's own five, and one for each operation of the rule.
+#: How many kernels a step launches at most: for float32 leaves, whose norms float64 holds, and for float64 leaves, the
+#: norms of which may be beyond it. The clip's own five, and one for each operation of the rule.
 LAUNCHES = {
     ("autoclip", None): (79, 642),
     ("autoclip", "leaf"): (85, 649),

@@ -66,7 +66,7 @@ class Rows:
         return self.joined(xp, [numbers[end - n : end] for end, n in zip(ends, self.lengths, strict=True)])
 
     def for_groups(self, row: Array) -> Any:
-        """What a backend takes, one number a group: a 0-d array for one, else a list of those that follow each other."""
+        """What a backend takes, one number a group: 0-d for one alone, else a list of arrays that follow each other."""
         if sum(self.lengths) == 1 or row.ndim == 0:
             return row if row.ndim == 0 else row[0, ...]
         return [row] if self._is_sorted() else self._cut(row)
