@@ -247,8 +247,10 @@ class QuantileBound(Rule):
     Notes
     -----
     G. Andrew, O. Thakkar, H. B. McMahan, S. Ramaswamy, "Differentially Private Learning with Adaptive Clipping",
-    NeurIPS 2021, arXiv:1905.03871: the geometric update. The bound of a step does not depend on its norms. Only finite
-    norms count. Where examples are spread over devices, hand on the norms of all of them (`jax.lax.all_gather`).
+    NeurIPS 2021, arXiv:1905.03871: the geometric update. TensorFlow Privacy's, besides, keeps the noisy share within 0
+    and 1, and divides by the expected number of examples: here it is divided by the number of finite norms. The bound
+    of a step does not depend on its norms. Where examples are spread over devices, hand on the norms of all of them
+    (`jax.lax.all_gather`).
 
     Examples
     --------
