@@ -80,10 +80,8 @@ class ZClip(Rule):
         xp, mean, variance = norm.xp, state.mean, state.variance
         warm, above = state.count < self.warmup, norm - mean
         allowed = self.threshold**2 * variance
-        stands_out = xp.logical_and(above > 0, above * above > allowed)
-        bound = where(
-            xp.logical_and(stands_out, xp.logical_not(warm)), mean + allowed / where(stands_out, above, 1.0), math.inf
-        )
+        stands_out = xp.logical_and(xp.logical_and(above > 0, above * above > allowed), xp.logical_not(warm))
+        bound = where(stands_out, mean + allowed / where(stands_out, above, 1.0), math.inf)
         left = minimum(norm, bound)
         weight = 1 / xp.astype(state.count + 1, norm.mantissa.dtype)
         weight = xp.where(warm, weight, xp.full_like(weight, 1 - self.decay))
