@@ -80,10 +80,8 @@ class ZClip(Rule):
         xp, mean, variance = norm.xp, state.mean, state.variance
         warm, above = state.count < self.warmup, norm - mean
         allowed = self.threshold**2 * variance
-        stands_out = xp.logical_and(above > 0, above * above > allowed)
-        bound = where(
-            xp.logical_and(stands_out, xp.logical_not(warm)), mean + allowed / where(stands_out, above, 1.0), math.inf
-        )
+        stands_out = xp.logical_and(xp.logical_and(above > 0, above * above > allowed), xp.logical_not(warm))
+        bound = where(stands_out, mean + allowed / where(stands_out, above, 1.0), math.inf)
         left = minimum(norm, bound)
         weight = 1 / xp.astype(state.count + 1, norm.mantissa.dtype)
         weight = xp.where(warm, weight, xp.full_like(weight, 1 - self.decay))
@@ -247,8 +245,10 @@ class QuantileBound(Rule):
     Notes
     -----
     G. Andrew, O. Thakkar, H. B. McMahan, S. Ramaswamy, "Differentially Private Learning with Adaptive Clipping",
-    NeurIPS 2021, arXiv:1905.03871: the geometric update. The bound of a step does not depend on its norms. Only finite
-    norms count. Where examples are spread over devices, hand on the norms of all of them (`jax.lax.all_gather`).
+    NeurIPS 2021, arXiv:1905.03871: the geometric update. TensorFlow Privacy's, besides, keeps the noisy share within 0
+    and 1, and divides by the expected number of examples: here it is divided by the number of finite norms. The bound
+    of a step does not depend on its norms. Where examples are spread over devices, hand on the norms of all of them
+    (`jax.lax.all_gather`).
 
     Examples
     --------
