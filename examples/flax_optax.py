@@ -2,17 +2,18 @@
 
 A small network learns scikit-learn's handwritten digits. Its chain is ``clip_by_global_norm`` and Adam, as with optax;
 the clip is `gradclip.optax`'s, so that the norm before clipping, the bound and the number of clipped steps stand in the
-optimizer's state, and are not computed twice to be logged. The bound is a schedule. Norms stay on the device until an
-epoch is over: no step waits for them.
+optimizer's state, and are not computed twice to be logged. The bound is a schedule. A `NormLog` keeps norms on the device
+and fetches many at a time, so that no step waits for them. See its file as a picture, which needs matplotlib:
 
-Needs jax, flax, optax and scikit-learn. Run it with
+    python examples/flax_optax.py [--epochs 10] [--max-norm 0.5] [--log norms.csv]
+    python -m gradclip.monitor norms.csv -o norms.png
 
-    python examples/flax_optax.py [--epochs 10] [--max-norm 0.5]
+Needs jax, flax, optax and scikit-learn.
 """
 
 import argparse
+from pathlib import Path
 
-import jax
 import numpy as np
 import optax
 from flax import nnx
@@ -20,6 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import gradclip.optax as clip
+from gradclip.monitor import NormLog, read
 
 BATCH = 64
 
@@ -58,7 +60,9 @@ def main():
     parser = argparse.ArgumentParser(description="Flax NNX and gradclip.optax in a chain, the norm logged.")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--max-norm", type=float, default=0.5)
+    parser.add_argument("--log", type=Path, default=Path("norms.csv"))
     args = parser.parse_args()
+    args.log.unlink(missing_ok=True)  # else it would be continued
 
     digits = load_digits()
     images = (digits.data / 16).astype(np.float32)
@@ -72,15 +76,21 @@ def main():
     chain = optax.chain(clip.clip_by_global_norm(bound), optax.adam(2e-3))
     optimizer = nnx.Optimizer(net, chain, wrt=nnx.Param)
 
-    rng = np.random.default_rng(0)
+    rng, losses = np.random.default_rng(0), []
+    with NormLog(args.log) as log:
+        for _ in range(args.epochs):
+            order = rng.permutation(len(x_train))
+            for batch in np.split(order[: steps * BATCH], steps):
+                loss, norm, max_norm = train_step(net, optimizer, x_train[batch], y_train[batch])
+                log.add(len(losses), norm, max_norm=max_norm)
+                losses.append(loss)
+
+    seen_norms = read(args.log)
     for epoch in range(args.epochs):
-        order = rng.permutation(len(x_train))
-        log = []
-        for batch in np.split(order[: steps * BATCH], steps):
-            log.append(train_step(net, optimizer, x_train[batch], y_train[batch]))
-        losses, norms, bounds = np.array(jax.device_get(log)).T
+        part = slice(epoch * steps, (epoch + 1) * steps)
+        norms, bounds = seen_norms["norm"][part], seen_norms["max_norm"][part]
         print(
-            f"epoch {epoch + 1:3d}  loss {losses.mean():.4f}  gradient norm {norms.mean():.3f}"
+            f"epoch {epoch + 1:3d}  loss {np.mean(losses[part]):.4f}  gradient norm {norms.mean():.3f}"
             f" (largest {norms.max():.3f})  bound {bounds[-1]:.3f}  clipped {(norms > bounds).mean():4.0%}"
         )
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import gradclip
 import launch
+from gradclip.monitor import read
 
 pytestmark = pytest.mark.full
 
@@ -210,7 +212,10 @@ def test_flax_optax(tmp_path):
     clipped, steps = map(int, re.search(r"^clipped in (\d+) of (\d+) steps$", done.stdout, re.M).groups())
     assert abs(clipped / steps - sum(shares) / 400) < 0.006, "counted in the state, and from the norms"
     assert min(numbers(r"(?:train|test) (\d\.\d+)", done.stdout)) > 0.8
-    assert not list(tmp_path.iterdir())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["norms.csv"]
+    log = read(tmp_path / "norms.csv")
+    assert log["step"].tolist() == list(range(steps))
+    assert clipped == np.sum(log["norm"] > log["max_norm"])
 
 
 @pytest.mark.library("jax")
