@@ -2,8 +2,8 @@
 
 A small network learns scikit-learn's handwritten digits. Its chain is ``clip_by_global_norm`` and Adam, as with optax;
 the clip is `gradclip.optax`'s, so that the norm before clipping, the bound and the number of clipped steps stand in the
-optimizer's state, and are not computed twice to be logged. The bound is a schedule. A `NormLog` keeps norms on the device
-and fetches many at a time, so that no step waits for them. See its file as a picture, which needs matplotlib:
+optimizer's state, and are not computed twice to be logged. The bound is a schedule. A `NormLog` keeps norms on the
+device and fetches many at a time, so that no step waits for them. See its file as a picture, which needs matplotlib:
 
     python examples/flax_optax.py [--epochs 10] [--max-norm 0.5] [--log norms.csv]
     python -m gradclip.monitor norms.csv -o norms.png
