@@ -244,7 +244,7 @@ def scanned(rule: Rule, per: str) -> Any:
 
 
 class TestJax(AsJax):
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(7)
     @pytest.mark.parametrize("per", ["leaf", "global", "example", "labels"])
     @pytest.mark.parametrize("name", RULES)
     @given(rows=sequences(np.float32, -125, 128))
