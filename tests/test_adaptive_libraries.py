@@ -134,6 +134,8 @@ def test_a_divisor_and_what_is_not_finite(xp: Backend) -> None:
         out = clip([3.0, 4.0], divide_by=divisor)
         assert (float(out.norm), float(out.max_norm)) == (10.0, 10.0)
         np.testing.assert_allclose(xp.numpy(out.grads[0]), [6.0, 8.0], rtol=1e-6)
+    beyond = clip([3e37, 4e37], divide_by=1e40).state  # beyond float32, in which jax.jit hands on a float
+    np.testing.assert_allclose(float(rule.clip([xp.array(np.ones(2), "float32")], beyond).max_norm), 0.01, rtol=1e-6)
     bad = clip([NAN, 1.0], nonfinite="zero")
     assert xp.numpy(bad.grads[0]).tolist() == [0.0, 0.0]
     assert [xp.numpy(x).tobytes() for x in arrays(bad.state)] == [xp.numpy(x).tobytes() for x in arrays(state)]
@@ -242,7 +244,7 @@ def scanned(rule: Rule, per: str) -> Any:
 
 
 class TestJax(AsJax):
-    @pytest.mark.sampled(4)
+    @pytest.mark.sampled(7)
     @pytest.mark.parametrize("per", ["leaf", "global", "example", "labels"])
     @pytest.mark.parametrize("name", RULES)
     @given(rows=sequences(np.float32, -125, 128))
@@ -290,7 +292,7 @@ class TestJax(AsJax):
             for x, y in zip(fields(state), fields(single), strict=True):
                 np.testing.assert_allclose(x[k], y, rtol=1e-6)
         first = rule.init(jax.tree.map(lambda x: x[0], grads[0]), "leaf")  # not compiled: no array comes twice
-        assert len({id(x) for x in arrays(first)}) == len({x.unsafe_buffer_pointer() for x in arrays(first)})
+        assert len({x.unsafe_buffer_pointer() for x in arrays(first)}) == len(arrays(first))
 
     def test_the_bound_is_a_constant_to_derivatives(self) -> None:
         rule = NormGrowth(1.5)
