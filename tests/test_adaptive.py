@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import exact
@@ -270,9 +270,15 @@ def sequences(dtype: type, low: int, high: int) -> st.SearchStrategy[np.ndarray]
     return st.builds(rows_of, *map(st.just, (dtype, low, high)), st.sampled_from(SORTS), st.integers(0, 2**32))
 
 
+#: Each sequence is of ten steps, and calculated again in exact arithmetic: as many for all rules and ways together as
+#: other tests have examples.
+shared = settings(max_examples=max(10, settings().max_examples // len(RULES) // len(WAYS)))
+
+
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("per", WAYS)
 @pytest.mark.parametrize("name", RULES)
+@shared
 @given(rows=sequences(np.float64, -1060, 1024))
 def test_float64(name: str, per: str, rows: np.ndarray) -> None:
     """Norms up to 6e308, and below the smallest normal number."""
@@ -283,6 +289,7 @@ def test_float64(name: str, per: str, rows: np.ndarray) -> None:
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("per", ["global", "leaf"])
 @pytest.mark.parametrize("name", RULES)
+@shared
 @given(rows=sequences(np.float32, -140, 128))
 def test_float32(name: str, per: str, rows: np.ndarray) -> None:
     """NumPy has float64 to calculate with: of what is left, the factor and the product are rounded to float32."""

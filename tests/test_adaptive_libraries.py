@@ -14,7 +14,7 @@ import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
-from test_adaptive import RULES, WAYS, check_rows, clipped_rows, fields, rows_of, sequences
+from test_adaptive import RULES, WAYS, check_rows, clipped_rows, fields, rows_of, sequences, shared
 
 import gradclip
 from backends import MISSING, Backend
@@ -247,6 +247,7 @@ class TestJax(AsJax):
     @pytest.mark.sampled(7)
     @pytest.mark.parametrize("per", ["leaf", "global", "example", "labels"])
     @pytest.mark.parametrize("name", RULES)
+    @shared
     @given(rows=sequences(np.float32, -125, 128))
     def test_float32_over_its_whole_range(self, name: str, per: str, rows: np.ndarray) -> None:
         """Norms up to 1e39 and below 1e-37 in float32 arithmetic, within units in the last place of the papers."""
