@@ -73,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def compile_with_fewer_passes() -> None:
     """Set `_FEWER_PASSES`, where this JAX knows them all: it ends the process for a flag that it does not know."""
+    if _FEWER_PASSES in os.environ["XLA_FLAGS"]:
+        return  # a worker has them from the process that started it
     if importlib.util.find_spec("jax") is not None:
         flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {_FEWER_PASSES}"}
         probe = [sys.executable, "-c", "import jax; jax.devices()"]

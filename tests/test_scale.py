@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,9 @@ def exact_norm(counts: np.ndarray, values: np.ndarray, p: float) -> Any:
     if p == 0:
         return mpmath.mpf(int(counts[values != 0].sum()))
     if p in (1, 2):
-        total = sum(
-            (int(n) * abs(Fraction(float(v))) ** int(p) for n, v in zip(counts, values, strict=True)), Fraction()
-        )
-        return mpmath.root(mpmath.mpf(total.numerator) / total.denominator, int(p))
+        numbers, exponent = exact.integers(np.abs(values).tolist())
+        total = sum(n * v ** int(p) for n, v in zip(counts.tolist(), numbers, strict=True))
+        return mpmath.root(mpmath.ldexp(total, int(p) * exponent), int(p))
     terms = (int(n) * mpmath.mpf(float(abs(v))) ** p for n, v in zip(counts, values, strict=True) if v)
     return mpmath.fsum(terms) ** (1 / mpmath.mpf(p))
 
