@@ -17,6 +17,7 @@ SECTIONS = {
     "numpy": "on_numpy",
     "narrow": "narrow",
     "family": "family",
+    "rules": "rules",
     "accuracy": "accuracy",
     "threads": "threads",
     "memory": "memory",

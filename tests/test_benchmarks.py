@@ -19,7 +19,7 @@ pytest.importorskip("benchmarks.trees", reason="benchmarks/ is not beside these 
 
 import gradclip
 from backends import MISSING
-from benchmarks import accuracy, growth, memory, on_numpy, pinning, report
+from benchmarks import accuracy, growth, memory, on_numpy, pinning, report, rules
 from benchmarks.results import Finding, Section, Table
 from benchmarks.settings import Settings
 from benchmarks.targets import TARGETS
@@ -609,6 +609,17 @@ def command(*args, cwd, before="pass"):
         encoding="utf-8",
         timeout=900,
     )
+
+
+def test_rules_beside_a_fixed_bound():
+    """Each contender clips the same gradients, by a bound of its own."""
+    tree = gradients(TINY)
+    clips = rules.calls(tree)
+    assert clips.keys() == {rules.FIXED, *rules.RULES}
+    norm = float(gradclip.global_norm(tree))
+    for name, clip in clips.items():
+        assert float(clip().norm) == norm, name
+        assert len(clip()) == (2 if name == rules.FIXED else 4)
 
 
 def test_the_command(tmp_path):
