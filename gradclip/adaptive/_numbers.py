@@ -47,11 +47,11 @@ class Number:
         """An array as numbers; `wide`: as it is, with no exponents. `like`: an array of the dtype to have."""
         like = x if like is None else like
         if wide:
-            return cls(xp, xp.astype(x, like.dtype))
+            return cls(xp, xp.astype(x, like.dtype, copy=False))
         if range_of(x).top <= range_of(like).top:
-            x = xp.astype(x, like.dtype)
+            x = xp.astype(x, like.dtype, copy=False)
         m, e = moderate(xp, xp.abs(x), range_of(like).step)
-        m, e = (xp.astype(y, like.dtype) for y in (xp.where(x < 0, -m, m), e))
+        m, e = (xp.astype(y, like.dtype, copy=False) for y in (xp.where(x < 0, -m, m), e))
         return cls(xp, m, e)._ended()
 
     def value(self) -> Array:

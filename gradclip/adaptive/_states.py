@@ -43,7 +43,7 @@ def _kept(xp: Namespace, learned: Array, new: Any, old: Any) -> Any:
     if isinstance(old, Scaled):
         pair = (new.value(), None) if old.exponent is None else closed(new)
         return Scaled(*[None if x is None else _kept(xp, learned, x, y) for x, y in zip(pair, old, strict=True)])
-    return xp.asarray(xp.astype(xp.where(learned, new, old), old.dtype))
+    return xp.asarray(xp.astype(xp.where(learned, new, old), old.dtype, copy=False))
 
 
 def closed(x: Any) -> Any:
