@@ -52,7 +52,7 @@ class Number:
             x = xp.astype(x, like.dtype, copy=False)
         m, e = moderate(xp, xp.abs(x), range_of(like).step)
         m, e = (xp.astype(y, like.dtype, copy=False) for y in (xp.where(x < 0, -m, m), e))
-        return cls(xp, m, e)._ended()
+        return cls(xp, m, e)._marked()
 
     def value(self) -> Array:
         """The numbers in their dtype: inf beyond its range, 0 below."""
@@ -80,7 +80,8 @@ class Number:
         if self.exponent is None:
             return Number(xp, xp.full_like(like, float(other)))
         m, e = host_split(abs(float(other)), range_of(like).step)
-        return Number(xp, xp.full_like(like, math.copysign(m, other)), xp.full_like(like, e))._ended()
+        e = _OF_ZERO if m == 0 else _OF_INF if math.isinf(m) else e
+        return Number(xp, xp.full_like(like, math.copysign(m, other)), xp.full_like(like, e))
 
     def _ended(self) -> Number:
         """The mantissa near 1 again, after one operation on such ones."""
@@ -90,9 +91,13 @@ class Number:
         step, size, one = range_of(m).step, self.xp.abs(m), self.xp.ones_like(m)
         up, down = size >= math.sqrt(step), size < 1 / math.sqrt(step)
         m = m * xp.where(up, one / step, xp.where(down, step * one, one))
-        e = e + xp.where(up, one, xp.where(down, -one, 0 * one))
-        e = xp.where(m == 0, _OF_ZERO * one, xp.where(xp.isinf(m), _OF_INF * one, e))
-        return Number(xp, m, e)
+        return Number(xp, m, e + xp.where(up, one, xp.where(down, -one, 0 * one)))._marked()
+
+    def _marked(self) -> Number:
+        """With the exponents of 0 and inf in their places."""
+        xp, m, e = self.xp, self.mantissa, self.exponent
+        of_zero, of_inf = xp.full_like(m, _OF_ZERO), xp.full_like(m, _OF_INF)
+        return Number(xp, m, xp.where(m == 0, of_zero, xp.where(xp.isinf(m), of_inf, e)))
 
     # -- arithmetic ------------------------------------------------------------------------------------------
 

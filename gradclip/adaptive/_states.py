@@ -25,9 +25,11 @@ class Step(NamedTuple):
 def step(rule: Any, state: Any, norm: Array, shift: Array | None, divisors: Sequence[Any], *more: Any) -> Step:
     """One step of a rule, for gradients of norm ``norm * shift**2``, divided by each of these; `shift` None: 1."""
     xp = array_api_compat.array_namespace(norm)
-    number = Number.of(xp, norm, _is_wide(state), next((x.mantissa for x in state if isinstance(x, Scaled)), norm))
-    for power in (shift, shift):
-        number = number if power is None else number * power
+    like = next((x.mantissa for x in state if isinstance(x, Scaled)), norm)
+    number = Number.of(xp, norm, _is_wide(state), like)
+    if shift is not None:
+        power = Number.of(xp, shift, _is_wide(state), like)
+        number = number * power * power
     for divisor in divisors:
         number = number / divisor
     finite = number.isfinite()
