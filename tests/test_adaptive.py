@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import array_api_compat.numpy as xp
 import mpmath
 import numpy as np
 import pytest
@@ -690,8 +691,8 @@ def number_of(m: float, e: int, dtype: type) -> tuple[Number, Any]:
     bits = 90 if dtype is np.float32 else 600
     e = e * (bits // 90) if abs(e) < 240 else e
     step = round(e / bits)
-    number = Number(np, np.asarray(dtype(m)), np.asarray(dtype(0)))._ended()
-    scale = Number(np, np.asarray(dtype(math.ldexp(1.0, e - step * bits))), np.asarray(dtype(step)))
+    number = Number(xp, np.asarray(dtype(m)), np.asarray(dtype(0)))._ended()
+    scale = Number(xp, np.asarray(dtype(math.ldexp(1.0, e - step * bits))), np.asarray(dtype(step)))
     return number * scale, mpf(m) * mpf(2) ** e
 
 
@@ -726,7 +727,7 @@ def test_numbers(dtype: type, one: tuple[float, int], other: tuple[float, int]) 
     assert value_of(where(np.asarray(True), x, y)) == a
     root = value_of((x * x).sqrt())
     assert abs(root - abs(a)) <= 2 * eps * abs(a)
-    both = Number(np, np.stack([x.mantissa, y.mantissa]), np.stack([x.exponent, y.exponent])).sum()
+    both = Number(xp, np.stack([x.mantissa, y.mantissa]), np.stack([x.exponent, y.exponent])).sum()
     assert both.mantissa.shape == (1,)
     assert abs(read(both)[0] - (a + b)) <= eps * abs(a + b)
     for c in (3, 0.25, -1e30, 0.0):
@@ -739,7 +740,7 @@ def test_numbers(dtype: type, one: tuple[float, int], other: tuple[float, int]) 
 @pytest.mark.parametrize("wide", [True, False])
 def test_numbers_that_are_no_size(wide: bool) -> None:
     """0 and inf are below and above all others, equal to themselves; and no comparison warns."""
-    zero, huge, infinite, nothing = (Number.of(np, np.asarray(x), wide) for x in (0.0, 1.5e308, INF, NAN))
+    zero, huge, infinite, nothing = (Number.of(xp, np.asarray(x), wide) for x in (0.0, 1.5e308, INF, NAN))
     assert bool(zero < huge)
     assert bool(huge < infinite)
     assert not bool(infinite < infinite)

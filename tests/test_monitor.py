@@ -393,7 +393,8 @@ class Device:
 
     def __init__(self):
         self.stacks, self.transfers = [], 0
-        self.xp = types.SimpleNamespace(__name__="madeup", stack=self.stack)
+        self.xp = types.ModuleType("madeup")
+        self.xp.stack = self.stack
 
     def number(self, value, dtype="float32", device="chip:0"):
         return _OnDevice(self, value, (), dtype, device)

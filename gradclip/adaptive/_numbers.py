@@ -27,8 +27,8 @@ class Number:
     Comparisons give arrays of bools. Python numbers may stand on either side, arrays on the right: some libraries do
     not ask the right side what to do. Nothing waits for a device.
 
-    >>> import numpy as np
-    >>> x = Number.of(np, np.float32(3e38), wide=False)  # not float64: with an exponent
+    >>> import array_api_compat.numpy as xp
+    >>> x = Number.of(xp, xp.asarray(3e38, dtype=xp.float32), wide=False)  # not float64: with an exponent
     >>> y = (x * x + 1.0).sqrt()
     >>> bool(y > 2.9e38), bool(y < 3.1e38)
     (True, True)
