@@ -1,11 +1,13 @@
 """Rules of `gradclip.adaptive`: a clip by the bound that one chooses, beside a clip by a fixed bound.
 
-The global norm of float32 gradients, in NumPy and torch as called, in JAX jitted. What a rule adds does not depend on
-the size of the gradients: it calculates with one norm, `AutoClip` with its history.
+The global norm of float32 gradients, in NumPy and torch as called, in JAX jitted. No bound clips anything, so that what
+differs is what a rule adds: it does not depend on the size of the gradients, but calculates with one norm, `AutoClip`
+with its history.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,14 +25,14 @@ FIXED = "gradclip clip_grad_norm"
 RULES: dict[str, Rule] = {
     "AutoClip, history 1000": AutoClip(0.1),
     "ZClip": ZClip(),
-    "AdaGC": AdaGC(),
+    "AdaGC": AdaGC(max_norm=math.inf),
     "NormGrowth": NormGrowth(),
 }
 
 
 def calls(grads: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
     """The contenders, as called."""
-    found: dict[str, Callable[[], object]] = {FIXED: lambda: gradclip.clip_grad_norm(grads, 1.0)}
+    found: dict[str, Callable[[], object]] = {FIXED: lambda: gradclip.clip_grad_norm(grads, math.inf)}
     return found | {name: partial(rule.clip, grads, rule.init(grads)) for name, rule in RULES.items()}
 
 
@@ -39,7 +41,7 @@ def jitted(grads: Mapping[str, Any]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     import jax
 
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        FIXED: (jax.jit(lambda g: tuple(gradclip.clip_grad_norm(g, 1.0))), (grads,))
+        FIXED: (jax.jit(lambda g: tuple(gradclip.clip_grad_norm(g, math.inf))), (grads,))
     }
     for name, rule in RULES.items():
         found[name] = jax.jit(lambda g, s, rule=rule: tuple(rule.clip(g, s))), (grads, rule.init(grads))
