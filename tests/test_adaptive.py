@@ -676,8 +676,10 @@ def test_a_rule_of_ten_lines() -> None:
     state = rule.clip({"a": np.ones(4), "b": np.ones(4)}, rule.init(grads, "leaf"), per="leaf").state
     clipped = rule.clip(grads, state, per="leaf").grads
     assert (clipped["a"].tolist(), clipped["b"].tolist()) == ([3.0] * 4, [1.0] * 4)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match=r"Rule must define start\(count, zero\)"):
         Rule().init(grads)
+    with pytest.raises(NotImplementedError, match=r"Rule must define step\(state, norm\)"):
+        Rule().update(rule.init([np.zeros(4)]), np.array(1.0))
 
 
 # -- Number ------------------------------------------------------------------------------------------------------------

@@ -108,13 +108,13 @@ class Number:
     def __mul__(self, other: Real) -> Number:
         that = self._as(other)
         if self.exponent is None or that.exponent is None:
-            return Number(self.xp, self._plain() * that._plain())
+            return Number(self.xp, self.value() * that.value())
         return Number(self.xp, self.mantissa * that.mantissa, self.exponent + that.exponent)._ended()
 
     def __truediv__(self, other: Real) -> Number:
         that = self._as(other)
         if self.exponent is None or that.exponent is None:
-            return Number(self.xp, self._plain() / that._plain())
+            return Number(self.xp, self.value() / that.value())
         return Number(self.xp, self.mantissa / that.mantissa, self.exponent - that.exponent)._ended()
 
     def __neg__(self) -> Number:
@@ -154,14 +154,11 @@ class Number:
         top = xp.max(self.exponent, axis=-1, keepdims=True)
         return Number(xp, xp.sum(self._below(top), axis=-1, keepdims=True), top)._ended()
 
-    def _plain(self) -> Array:
-        return self.value()
-
     def _beside(self, other: Real) -> tuple[Array, Array, Array | None]:
         """The mantissas of both beside one exponent, and that."""
         that = self._as(other)
         if self.exponent is None or that.exponent is None:
-            return self._plain(), that._plain(), None
+            return self.value(), that.value(), None
         top = self.xp.maximum(self.exponent, that.exponent)
         return self._below(top), that._below(top), top
 
@@ -216,7 +213,7 @@ def where(mask: Array, x: Number, y: Real) -> Number:
     """`x` where `mask` is true, else `y`."""
     y, xp = x._as(y), x.xp
     if x.exponent is None or y.exponent is None:
-        return Number(xp, xp.where(mask, x._plain(), y._plain()))
+        return Number(xp, xp.where(mask, x.value(), y.value()))
     return Number(xp, xp.where(mask, x.mantissa, y.mantissa), xp.where(mask, x.exponent, y.exponent))
 
 

@@ -88,14 +88,18 @@ class Rule:
         `count`: how many norms were learned from, 0, as int32; this class keeps it. `zero`: a number. Both are 0-d for
         the global norm, or have one entry for each group.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define start(count, zero), as gradclip.adaptive.Rule shows"
+        )
 
     def step(self, state: Any, norm: Number) -> tuple[Number, Any]:
         """The bound for gradients of this norm, and the state after it: pure, and reading no element.
 
         Where a norm is not finite it is inf here, and what becomes of that group's state is not kept.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define step(state, norm), as gradclip.adaptive.Rule shows"
+        )
 
     def init(self, grads: Tree, per: Per = None) -> Any:
         """Return the state before the first step.

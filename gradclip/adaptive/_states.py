@@ -25,7 +25,7 @@ class Step(NamedTuple):
 def step(rule: Any, state: Any, norm: Array, shift: Array | None, divisors: Sequence[Any], *more: Any) -> Step:
     """One step of a rule, for gradients of norm ``norm * shift**2``, divided by each of these; `shift` None: 1."""
     xp = array_api_compat.array_namespace(norm)
-    like = next((x.mantissa for x in state if isinstance(x, Scaled)), norm)
+    like = _first(state, norm)
     number = Number.of(xp, norm, _is_wide(state), like)
     if shift is not None:
         power = Number.of(xp, shift, _is_wide(state), like)
@@ -66,4 +66,9 @@ def _is_wide(state: Any) -> bool:
 
 def dtype_of(state: Any) -> Any:
     """That of the numbers of a state."""
-    return next((x.mantissa for x in state if isinstance(x, Scaled)), state[0]).dtype
+    return _first(state, state[0]).dtype
+
+
+def _first(state: Any, other: Array) -> Array:
+    """The mantissa of the first number in a state, or the other array where it holds none."""
+    return next((x.mantissa for x in state if isinstance(x, Scaled)), other)

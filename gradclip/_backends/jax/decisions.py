@@ -22,6 +22,7 @@ from gradclip._backends.jax.arrays import may_be_sharded, varying
 from gradclip._backends.jax.derivatives import whole
 from gradclip._backends.jax.platforms import by_platform
 from gradclip._backends.jax.sums import Measured
+from gradclip._backends.jax.wide import widened
 from gradclip._decide import Bounds, Verdict
 from gradclip._groups import Groups
 from gradclip._norms import ExtremeNorm, Norm, Seen, SumNorm
@@ -96,17 +97,6 @@ def _at_once(run: Callable[..., T], given: tuple[Any, ...]) -> T:
     one = np.ones((), some(given).dtype)
     state = (given, some(given), nothing)
     return lax.while_loop(lambda s: ~(some(s[0]) < s[1]), lambda s: (zeros, one, once(*s[0])), state)[2]
-
-
-def widened(x: Scaled) -> Scaled:
-    """In float64. 2**(90 e) is put together from its bits: no power is exact in XLA for sure."""
-    mantissa = jnp.asarray(x.mantissa).astype(jnp.float64)
-    if x.exponent is None:
-        return Scaled(mantissa, None)
-    e = jnp.clip(jnp.asarray(x.exponent), -11, 11).astype(jnp.int64)  # what is beyond is beyond any float32
-    power = lax.bitcast_convert_type((e * 90 + 1023) << 52, jnp.float64)
-    least = jnp.where(mantissa > 0, jnp.finfo(jnp.float64).tiny, -jnp.inf)  # XLA may make less than that 0
-    return Scaled(jnp.maximum(mantissa * power, least), None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 4, 5, 6))

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradclip._backends.jax.decisions import widened
 from gradclip._backends.jax.platforms import by_platform
 from gradclip._scaled import Product, Scaled
 from gradclip._types import Array
@@ -42,6 +41,16 @@ def fused(function: F) -> F:
         return by_platform(*given, cpu=in_float64, cuda=in_float64, rocm=in_float64, default=narrow)
 
     return run
+
+
+def widened(x: Scaled) -> Scaled:
+    """In float64, as one number."""
+    mantissa = jnp.asarray(x.mantissa).astype(jnp.float64)
+    if x.exponent is None:
+        return Scaled(mantissa, None)
+    e = jnp.clip(jnp.asarray(x.exponent), -11, 11)  # what is beyond is beyond any float32
+    least = jnp.where(mantissa > 0, jnp.finfo(jnp.float64).tiny, -jnp.inf)  # XLA may make less than that 0
+    return Scaled(jnp.maximum(mantissa * _power(e), least), None)
 
 
 def _is_number(x: Any) -> bool:
