@@ -19,6 +19,7 @@ import pytest
 
 import exact
 import gradclip
+from gloo import process_group
 from gradclip import LeafError, NonFiniteError, Units
 
 pytestmark = pytest.mark.library("torch")
@@ -622,11 +623,8 @@ on_a_mesh = pytest.mark.filterwarnings("ignore:DTensor random operators may not:
 def mesh(tmp_path):
     """Of one rank, this one."""
     tensor = pytest.importorskip("torch.distributed.tensor")
-    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
-    try:
+    with process_group(tmp_path / "store"):
         yield tensor, torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @on_a_mesh
@@ -688,7 +686,7 @@ def test_with_two_processes(tmp_path):
     here = str(Path(gradclip.__file__).parents[1])
     path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, WORKER, (tmp_path / "store").as_uri()],
+        [sys.executable, WORKER, str(tmp_path / "store")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         encoding="utf-8",

@@ -24,6 +24,7 @@ import pytest
 
 import exact
 import gradclip
+from gloo import process_group
 
 
 class Layer(NamedTuple):
@@ -904,8 +905,7 @@ def test_tensors_that_torch_writes_to_no_more(verb):
 def test_sharded_tensors_beside_plain_ones_are_refused(tmp_path):
     torch = pytest.importorskip("torch")
     distributed = pytest.importorskip("torch.distributed.tensor")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with process_group(tmp_path / "store"):
         mesh = distributed.DeviceMesh("cpu", [0])
         sharded = distributed.distribute_tensor(torch.full((4,), 2.0), mesh, [distributed.Shard(0)])
         with pytest.raises(
@@ -915,8 +915,6 @@ def test_sharded_tensors_beside_plain_ones_are_refused(tmp_path):
         grads, norm = gradclip.clip_grad_norm([sharded], 1.0)
         assert float(norm.full_tensor()) == 4.0
         assert grads[0].full_tensor().tolist() == [0.5] * 4
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_class_is_no_bound():

@@ -6,7 +6,6 @@ docs/sharding.md. A case raises where it is not so; else every rank prints "rank
 
 from __future__ import annotations
 
-import datetime
 import math
 import re
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import exact
 import gradclip
+from gloo import process_group
 from gradclip._types import Call
 from gradclip.distributed import torch as over
 
@@ -442,16 +442,9 @@ def hybrid() -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group(
-        "gloo",
-        init_method=(folder / "store").as_uri(),
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    for case in sys.argv[4:]:
-        globals()[case]()
-        sys.stdout.write(f"rank {rank}: {case} is so\n")  # in one piece, or ranks write into each other's lines
-        sys.stdout.flush()
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(folder / "store", rank, size):
+        for case in sys.argv[4:]:
+            globals()[case]()
+            sys.stdout.write(f"rank {rank}: {case} is so\n")  # in one piece, or ranks write into each other's lines
+            sys.stdout.flush()
+        dist.barrier()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import gradclip
+from gloo import process_group
 from gradclip.torch import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 INF = float("inf")
@@ -122,19 +125,18 @@ def placed(rank: int, shape: tuple[int, ...], *placements: Any) -> None:
 
 
 def main(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
-    averaged(rank)
-    placed(rank, (2,), Shard(0))
-    placed(rank, (2,), Shard(1))
-    placed(rank, (1, 2), Shard(0), Shard(1))
-    placed(rank, (2, 1), Replicate(), Shard(0))
-    if HAS_FSDP2:
-        sharded(4, 2)
-        sharded(5, 3)  # uneven parts
-        sharded(5, 1)  # rank 1 has none of the last layer
-        units()
-    dist.barrier()
-    dist.destroy_process_group()
+    with process_group(Path(store), rank, 2):
+        averaged(rank)
+        placed(rank, (2,), Shard(0))
+        placed(rank, (2,), Shard(1))
+        placed(rank, (1, 2), Shard(0), Shard(1))
+        placed(rank, (2, 1), Replicate(), Shard(0))
+        if HAS_FSDP2:
+            sharded(4, 2)
+            sharded(5, 3)  # uneven parts
+            sharded(5, 1)  # rank 1 has none of the last layer
+            units()
+        dist.barrier()
 
 
 if __name__ == "__main__":
