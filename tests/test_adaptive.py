@@ -7,6 +7,7 @@ import dataclasses
 import math
 import operator
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -628,6 +629,20 @@ def test_bad_states_and_norms() -> None:
         rule.clip_({**grads, "c": np.ones(1)}, leaf, per="leaf")
     with pytest.raises(ValueError, match=f"the state is for 2 norms, and there is one norm: {advice}"):
         rule.update(leaf, 3.0)
+    of_another = (
+        r"^the state {}, where that of {} has count \(\), {} \(.*: pass what init or the last step of this rule"
+    )
+    for other, state, said, first in (
+        (ZClip(), whole, r"has count \(\), last \(\)", "mean"),
+        (AutoClip(), AutoClip(history=1).init(grads), r"has count \(\), recent \(1,\), ordered \(1,\)", "recent"),
+        (rule, {"count": 0}, "is a dict", "last"),
+        (rule, None, "is a NoneType", "last"),
+        (rule, (), "is a tuple", "last"),
+    ):
+        match = of_another.format(said, re.escape(repr(other)), first)
+        for call in (lambda o=other, s=state: o.clip(grads, s), lambda o=other, s=state: o.update(s, 1.0)):
+            with pytest.raises(TypeError, match=match):
+                call()
     with pytest.raises(ValueError, match="nonfinite must be one of"):
         rule.clip(grads, whole, nonfinite="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="divide_by must be a positive number"):
@@ -678,8 +693,12 @@ def test_a_rule_of_ten_lines() -> None:
     assert (clipped["a"].tolist(), clipped["b"].tolist()) == ([3.0] * 4, [1.0] * 4)
     with pytest.raises(NotImplementedError, match=r"Rule must define start\(count, zero\)"):
         Rule().init(grads)
-    with pytest.raises(NotImplementedError, match=r"Rule must define step\(state, norm\)"):
-        Rule().update(rule.init([np.zeros(4)]), np.array(1.0))
+
+    class Unfinished(Rule):
+        start = LeastSoFar.start  # type: ignore[assignment]
+
+    with pytest.raises(NotImplementedError, match=r"Unfinished must define step\(state, norm\)"):
+        Unfinished().update(Unfinished().init([np.zeros(4)]), np.array(1.0))
 
 
 # -- Number ------------------------------------------------------------------------------------------------------------

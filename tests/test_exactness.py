@@ -84,6 +84,7 @@ def test_p_0_over_several_leaves(xp):
     assert float(xp.numpy(xp.global_norm(tree, 0))) == 3.0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "bfloat16"])
 @pytest.mark.parametrize("size", [1, 7, 1000, 4097, pytest.param(100_000, marks=pytest.mark.full)])
 def test_equal_elements(xp, dtype, size):
@@ -181,6 +182,7 @@ def test_a_narrow_leaf_beside_a_wide_one(xp, p):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_elements_on_both_sides_of_a_bin(xp, dtype, p):
@@ -199,6 +201,7 @@ FAR_APART = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.5, -0.02, -0.1, -0.5])
 @pytest.mark.parametrize("dtype", list(FAR_APART))
 def test_for_small_p_every_magnitude_counts(xp, dtype, p):

@@ -116,7 +116,7 @@ def test_vmap_with_a_named_axis_joins_the_examples(p: float) -> None:
     assert got.grads[0].dtype == jnp.float32
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("bound", [1.0, 100.0])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])

@@ -40,6 +40,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, math.inf, -math.inf, 0.0, "rms"])
 def test_many_leaves_are_clipped_as_one_vector(p: Any, dtype: str) -> None:

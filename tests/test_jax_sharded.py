@@ -52,7 +52,7 @@ def crossings(text: str) -> Counter[str]:
     return Counter(re.findall(rf" ({names})(?:-start)?\(", text))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("p", [2.0, 1.0, float("inf"), 3.0])
 def test_only_reductions_cross_devices(mesh: Any, name: str, p: float) -> None:

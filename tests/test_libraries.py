@@ -249,6 +249,7 @@ def test_numpy_overlap_that_is_not_the_same_view_is_scaled_apart() -> None:
     np.testing.assert_allclose(a, [0.6, 0.8], rtol=1e-6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 0.5, 1000.0, INF, -INF, -1.0, 0.0])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
 def test_numpy_under_seterr_raise(dtype: str, p: float) -> None:

@@ -313,6 +313,7 @@ def test_in_place_takes_under_4_mb(dtype, limit):
     assert peak < 4e6
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("order", ["C", "F", "strided", "transposed", "rows", "broadcast"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64", ">f4", ">f2", ">f8"])
 def test_layouts_larger_than_a_block(order, dtype):

@@ -18,7 +18,7 @@ from gradclip._tree import flatten
 from gradclip._types import AllReduce, Array, Nonfinite, NormType, Per, Scalar, Tree
 from gradclip.adaptive._numbers import Number
 from gradclip.adaptive._rows import Rows
-from gradclip.adaptive._states import Step, apart, closed, dtype_of, step
+from gradclip.adaptive._states import Step, apart, closed, dtype_of, refuse_other, step
 
 T = TypeVar("T")
 
@@ -165,6 +165,7 @@ class Rule:
         return self._updated(state, norm)
 
     def _updated(self, state: Any, norm: Any, *more: Any) -> tuple[Any, Any]:
+        refuse_other(self, state)
         flat, like = flatten(norm, "norm"), state[0]
         xp, home, dtype = array_api_compat.array_namespace(like), library(like), dtype_of(state)
         for path, x in zip(flat.paths(), flat.values, strict=True):
@@ -212,7 +213,7 @@ class Rule:
         Raises
         ------
         LeafError, NonFiniteError, TypeError, ValueError
-            As `gradclip.clip_grad_norm`; ValueError for a state that was made for another number of groups.
+            As `gradclip.clip_grad_norm`; for a state that was made for another number of groups, or by another rule.
         """
         call = given(grads, norm_type, per, Bounds(math.inf, None, divide_by), nonfinite, all_reduce)
         with call.backend.session(call.leaves, in_place=False):
@@ -251,6 +252,7 @@ class Rule:
 
     def _settled(self, call: Given, state: Any) -> tuple[Verdict, Any, Any]:
         """Measure, choose the bound, decide."""
+        refuse_other(self, state)
         partials = measured(call)
         found = decided(call._replace(bounds=Bounds(), nonfinite="propagate"), partials)
         reported, rows, like = found.norms, Rows.of(call.grouped), state[0]

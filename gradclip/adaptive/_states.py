@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import array_api_compat
+import array_api_compat.numpy as np
 
 from gradclip._scaled import Product, Scaled
 from gradclip._types import Array, Namespace
@@ -58,6 +59,32 @@ def apart(xp: Namespace, x: Any) -> Any:
     if isinstance(x, Scaled):
         return Scaled(*map(partial(apart, xp), x))
     return x if x is None else xp.asarray(x, copy=True)
+
+
+def refuse_other(rule: Any, state: Any) -> None:
+    """Raise TypeError for what is no state of this rule: by its fields and their shapes."""
+    got = _form(state) if hasattr(state, "_fields") else None
+    if got is None or got != _wanted(rule, tuple(state[0].shape)):
+        said = f"has {_listed(got)}" if got else f"is a {type(state).__name__}"
+        wanted = _listed(_wanted(rule, got[0][1] if got else ()))
+        raise TypeError(
+            f"the state {said}, where that of {rule} has {wanted}: pass what init or the last step of this rule has "
+            "given (a checkpoint is restored into the form of rule.init)"
+        )
+
+
+@lru_cache
+def _wanted(rule: Any, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    return _form(rule.start(np.zeros(shape, dtype=np.int32), Number(np, np.zeros(shape))))
+
+
+def _form(state: Any) -> list[tuple[str, tuple[int, ...]]]:
+    arrays = (getattr(x, "mantissa", x) for x in state)
+    return [(name, tuple(x.shape)) for name, x in zip(state._fields, arrays, strict=True)]
+
+
+def _listed(form: list[tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in form)
 
 
 def _is_wide(state: Any) -> bool:
