@@ -25,6 +25,8 @@ import gradclip
 from gradclip.adaptive import AdaGC, AutoClip, NormGrowth, Number, QuantileBound, Rule, ZClip, minimum, where
 from gradclip.adaptive._rows import Rows
 
+pytestmark = pytest.mark.library("numpy")
+
 INF, NAN = math.inf, math.nan
 mpf = mpmath.mpf
 
