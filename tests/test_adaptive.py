@@ -8,6 +8,7 @@ import math
 import operator
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +25,7 @@ import exact
 import gradclip
 from gradclip.adaptive import AdaGC, AutoClip, NormGrowth, Number, QuantileBound, Rule, ZClip, minimum, where
 from gradclip.adaptive._rows import Rows
+from gradclip.adaptive._states import refuse_other
 
 pytestmark = pytest.mark.library("numpy")
 
@@ -645,6 +647,10 @@ def test_bad_states_and_norms() -> None:
         for call in (lambda o=other, s=state: o.clip(grads, s), lambda o=other, s=state: o.update(s, 1.0)):
             with pytest.raises(TypeError, match=match):
                 call()
+    with pytest.raises(
+        TypeError, match=r"recent \(2, 2\), .* has count \(2,\), recent \(3, 2\), ordered \(3, 2\): pass"
+    ):
+        AutoClip(history=3).clip(grads, AutoClip(history=2).init(grads, "leaf"), per="leaf")
     with pytest.raises(ValueError, match="nonfinite must be one of"):
         rule.clip(grads, whole, nonfinite="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="divide_by must be a positive number"):
@@ -701,6 +707,44 @@ def test_a_rule_of_ten_lines() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Unfinished must define step\(state, norm\)"):
         Unfinished().update(Unfinished().init([np.zeros(4)]), np.array(1.0))
+
+
+class ScaleState(NamedTuple):
+    count: Any
+    scale: Any
+
+
+@dataclass
+class TimesTwoAndMore(Rule):
+    """Neither frozen nor hashable, with a field that starts as a Python number."""
+
+    factor: float = 2.0
+
+    def start(self, count: Any, zero: Number) -> ScaleState:
+        return ScaleState(count, 1.0)
+
+    def step(self, state: Any, norm: Number) -> tuple[Number, Any]:
+        return norm * state.scale, state._replace(scale=self.factor * state.scale)
+
+
+def test_a_rule_that_is_not_frozen() -> None:
+    rule, state = TimesTwoAndMore(), TimesTwoAndMore().init([np.ones(4)])
+    bounds = []
+    for _ in range(3):
+        _, _, bound, state = rule.clip([np.ones(4)], state)
+        bounds.append(float(bound))
+    assert bounds == [2.0, 4.0, 8.0]
+
+
+def test_to_know_a_state_takes_no_memory() -> None:
+    rule = AutoClip(history=1000)
+    state = rule.init([np.ones((2, 500))], "unit")  # 8 MB
+    tracemalloc.start()
+    try:
+        refuse_other(rule, state)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 # -- Number ------------------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ class Number:
 
     def repeated(self, n: int) -> Number:
         """As many times, along a new first axis."""
-        return self._each(lambda x: self.xp.stack([x] * n))
+        return self._each(lambda x: self.xp.broadcast_to(x, (n, *x.shape)))
 
     def chosen(self, mask: Array) -> Number:
         """Along the first axis, the one where `mask` is true."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -63,28 +63,31 @@ def apart(xp: Namespace, x: Any) -> Any:
 
 def refuse_other(rule: Any, state: Any) -> None:
     """Raise TypeError for what is no state of this rule: by its fields and their shapes."""
-    got = _form(state) if hasattr(state, "_fields") else None
-    if got is None or got != _wanted(rule, tuple(state[0].shape)):
+    got = _form(state) if hasattr(state, "_fields") else {}
+    wanted = _wanted(rule, next(iter(got.values()), ()))
+    if got != wanted:
         said = f"has {_listed(got)}" if got else f"is a {type(state).__name__}"
-        wanted = _listed(_wanted(rule, got[0][1] if got else ()))
         raise TypeError(
-            f"the state {said}, where that of {rule} has {wanted}: pass what init or the last step of this rule has "
-            "given (a checkpoint is restored into the form of rule.init)"
+            f"the state {said}, where that of {rule} has {_listed(wanted)}: pass what init or the last step of this "
+            "rule has given (a checkpoint is restored into the form of rule.init)"
         )
 
 
-@lru_cache
-def _wanted(rule: Any, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    return _form(rule.start(np.zeros(shape, dtype=np.int32), Number(np, np.zeros(shape))))
+def _wanted(rule: Any, groups: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The form of its states for so many groups: that for none, which takes no memory, with their number put in."""
+    none = tuple(0 for _ in groups)
+    form = _form(rule.start(np.zeros(none, dtype=np.int32), Number(np, np.zeros(none))))
+    return {name: tuple(n or groups[0] for n in shape) for name, shape in form.items()}
 
 
-def _form(state: Any) -> list[tuple[str, tuple[int, ...]]]:
+def _form(state: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each field; a rule may start one as a Python number."""
     arrays = (getattr(x, "mantissa", x) for x in state)
-    return [(name, tuple(x.shape)) for name, x in zip(state._fields, arrays, strict=True)]
+    return {name: tuple(getattr(x, "shape", ())) for name, x in zip(state._fields, arrays, strict=True)}
 
 
-def _listed(form: list[tuple[str, tuple[int, ...]]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in form)
+def _listed(form: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in form.items())
 
 
 def _is_wide(state: Any) -> bool:
